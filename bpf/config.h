@@ -1,0 +1,33 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/* What package loader sets before it loads the programs: constants to the verifier. A test of loader
+ * asserts that it sets every one.
+ */
+#ifndef LBAGENT_CONFIG_H
+#define LBAGENT_CONFIG_H
+
+#include <linux/types.h>
+
+/* Of the devices this copy of the programs is attached to: 14 (Ethernet), or 0 (WireGuard, tun, ipip). */
+const volatile __u8 link_header_length = 14;
+
+/* Key of the selection hash, from map `record`. */
+const volatile __u64 hash_key[2];
+
+/* Age at which an entry of `flows` is absent. */
+struct flow_timeouts {
+	__u64 tcp_new; /* no answer yet */
+	__u64 tcp_established;
+	__u64 tcp_half_closed; /* a FIN from one side */
+	__u64 tcp_closed; /* a FIN from both */
+	__u64 reset;
+	__u64 udp_new; /* no answer yet */
+	__u64 udp;
+};
+const volatile struct flow_timeouts timeouts_ns;
+
+/* 1 << 7 where bpf_l4_csum_replace knows BPF_F_IPV6, else 0. Without it the kernel would spoil the sum
+ * of a whole IPv6 packet that a device has computed (CHECKSUM_COMPLETE): the packet is still accepted,
+ * after the kernel has summed it again. 6.16, and some stable kernels before. */
+const volatile __u64 csum_ipv6_flag;
+
+#endif

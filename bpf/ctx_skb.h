@@ -1,0 +1,81 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/* The only file that knows the context of a program: here that of TC, struct __sk_buff. All else takes
+ * a ctx_t and asks through these functions.
+ */
+#ifndef LBAGENT_CTX_SKB_H
+#define LBAGENT_CTX_SKB_H
+
+#include <stdbool.h>
+#include <linux/bpf.h>
+#include <linux/if_packet.h>
+#include <bpf/bpf_helpers.h>
+#include <bpf/bpf_endian.h>
+
+typedef struct __sk_buff ctx_t;
+
+/* The next program on the device has its turn: TC_ACT_UNSPEC, and TCX_NEXT (6.6). Never TC_ACT_OK. */
+#define VERDICT_PASS -1
+#define VERDICT_DROP 2 /* TC_ACT_SHOT, TCX_DROP */
+
+/* Offsets beyond this one are not looked at; the verifier needs a bound, and no sane header is there. */
+#define CTX_OFFSET_MAX 512
+
+static __always_inline bool ctx_to_this_host(ctx_t *ctx)
+{
+	return ctx->pkt_type == PACKET_HOST;
+}
+
+/* EtherType, for devices whose frames do not begin with one. */
+static __always_inline __be16 ctx_ethertype(ctx_t *ctx)
+{
+	return ctx->protocol;
+}
+
+static __always_inline __u32 ctx_length(ctx_t *ctx)
+{
+	return ctx->len;
+}
+
+/* Whether the packet stands for several, to be cut by the device or the kernel (GSO). Its IP length may
+ * then be 0 (BIG TCP). */
+static __always_inline bool ctx_is_gso(ctx_t *ctx)
+{
+	return ctx->gso_size != 0;
+}
+
+/* ctx_at is the cursor: `length` bytes at `offset`, or NULL where the packet, or the part of it that can
+ * be read directly, ends before. The pointer is good until the next helper that may move the packet. */
+static __always_inline void *ctx_at(ctx_t *ctx, __u32 offset, __u32 length)
+{
+	void *start = (void *)(long)ctx->data;
+	void *end = (void *)(long)ctx->data_end;
+
+	if (offset > CTX_OFFSET_MAX)
+		return NULL;
+	start += offset;
+	/* One register for the check and the use: the verifier ties the bound to it. */
+	asm volatile("" : "+r"(start));
+	if (start + length > end)
+		return NULL;
+	return start;
+}
+
+/* ctx_pull makes the headers of a packet directly readable. False: they are already, or cannot be. */
+static __always_inline bool ctx_pull(ctx_t *ctx)
+{
+	__u32 length = ctx->len < CTX_OFFSET_MAX ? ctx->len : CTX_OFFSET_MAX;
+
+	if ((void *)(long)ctx->data + length <= (void *)(long)ctx->data_end)
+		return false;
+	return !bpf_skb_pull_data(ctx, length);
+}
+
+/* ctx_csum_update adds `difference` to the L4 checksum at `offset`, in whatever state it is: complete,
+ * or only begun and to be finished by the device (CHECKSUM_PARTIAL), when the pseudo header counts and
+ * the rest does not. That is why the helper does it. Flags are those of bpf_l4_csum_replace. */
+static __always_inline bool ctx_csum_update(ctx_t *ctx, __u32 offset, __s64 difference, __u64 flags)
+{
+	return !bpf_l4_csum_replace(ctx, offset, 0, (__u32)difference, flags);
+}
+
+#endif

@@ -1,0 +1,86 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/* Every map of the data plane. The sizes here are defaults: package maps sets those the operator chose,
+ * in this file's object and in each program's. docs/maps.md says how to read a dump.
+ */
+#ifndef LBAGENT_MAPS_H
+#define LBAGENT_MAPS_H
+
+#include <linux/bpf.h>
+#include <bpf/bpf_helpers.h>
+#include "types.h"
+
+/* address, port, protocol -> service. Written by reconcile, read for every packet without a flow. A
+ * missing key: not a service's. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 262144);
+	__type(key, struct frontend_key);
+	__type(value, struct frontend);
+} frontends SEC(".maps");
+
+/* service id -> its slots. Written by reconcile through its own mapping. Id 0 is no service. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__uint(max_entries, 32768);
+	__type(key, __u32);
+	__type(value, struct service);
+} services SEC(".maps");
+
+/* service id -> its name. Written by reconcile, read by people and by the agent after a restart; no
+ * program reads it. A missing key: the id is free. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 32768);
+	__type(key, __u32);
+	__type(value, struct service_name);
+} service_names SEC(".maps");
+
+/* slot -> backend id. Written by reconcile through its own mapping; a range is never changed while a
+ * service refers to it. Id 0 is no backend. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__uint(max_entries, 1048576);
+	__type(key, __u32);
+	__type(value, __u32);
+} slots SEC(".maps");
+
+/* backend id -> address, generation and state. Written by reconcile through its own mapping. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__uint(max_entries, 131072);
+	__type(key, __u32);
+	__type(value, struct backend);
+} backends SEC(".maps");
+
+/* tuple -> one half of a flow. Written by the programs alone. An entry past its timeout is absent,
+ * whether or not the table has dropped it. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 262144);
+	__type(key, struct tuple);
+	__type(value, struct flow);
+} flows SEC(".maps");
+
+/* enum reason -> packets. Written by the programs, each CPU its own. The kernel wants a plain number as
+ * the key of an array's BTF. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, REASON_COUNT);
+	__type(key, __u32);
+	__type(value, __u64);
+} reasons SEC(".maps");
+
+/* 0 -> what belongs to all maps together. Written once, by the agent that makes the maps. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct record);
+} record SEC(".maps");
+
+#endif

@@ -1,0 +1,204 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/* The contract between the data plane and user space: the key and value types of every map. Go's types
+ * are generated from this file and `bpftool map dump` prints these names, so they explain themselves.
+ *
+ * Addresses are 16 bytes in network order, IPv4 as v4-mapped IPv6 (::ffff:a.b.c.d). Ports are in host
+ * order: the parser converts them once, and a dump reads `port: 80`. No key has a hole.
+ */
+#ifndef LBAGENT_TYPES_H
+#define LBAGENT_TYPES_H
+
+#include <linux/types.h>
+
+#define ADDRESS_LENGTH 16
+#define NAME_LENGTH 64 /* a DNS label (RFC 1123) and its final zero */
+
+/* The version of all layouts below, kept in map `record`. Raise it with every change of a layout. */
+#define LAYOUT_VERSION 1
+
+#define __one_byte __attribute__((packed)) /* an enum of one byte */
+
+enum protocol {
+	PROTOCOL_ANY = 0,
+	PROTOCOL_TCP = 6,
+	PROTOCOL_UDP = 17,
+	PROTOCOL_SCTP = 132,
+} __one_byte;
+
+/* ---- services ---- */
+
+/* Where a frontend comes from. The values are those of lb.Kind. */
+enum frontend_kind {
+	KIND_NONE,
+	KIND_CLUSTER_IP,
+	KIND_NODE_PORT,
+	KIND_LOAD_BALANCER,
+	KIND_EXTERNAL,
+	KIND_HOST_PORT,
+	KIND_IDENTITY, /* a backend's own address; not written yet */
+	KIND_ADDRESS, /* port 0, PROTOCOL_ANY: this address is a ClusterIP */
+} __one_byte;
+
+struct frontend_key {
+	__u8 address[ADDRESS_LENGTH];
+	__u16 port;
+	enum protocol protocol;
+	__u8 pad;
+};
+_Static_assert(sizeof(struct frontend_key) == 20, "a key without a hole");
+
+/* One u64, loaded and stored as one: an element of a hash is reused at once, so a reader that holds one
+ * may see it change, but never sees half of it. */
+struct frontend {
+	__u32 service;
+	enum frontend_kind kind;
+	__u8 flags; /* none yet */
+	__u16 key_tag; /* not used yet */
+} __attribute__((aligned(8)));
+_Static_assert(sizeof(struct frontend) == 8, "one u64");
+
+/* A range of map `slots`. One u64: user space replaces it by one store. */
+struct slot_range {
+	__u32 first;
+	__u32 count; /* 0: no backend */
+} __attribute__((aligned(8)));
+_Static_assert(sizeof(struct slot_range) == 8, "one u64");
+
+struct service {
+	struct slot_range cluster; /* the endpoints usable in scope Cluster */
+	struct slot_range local; /* those usable in scope Local; not used yet */
+	__u32 flags; /* none yet */
+	__u32 affinity_timeout_s; /* not used yet */
+};
+_Static_assert(sizeof(struct service) == 24, "no padding");
+
+/* The name of a service, for people and for the agent that finds it after a restart. */
+struct service_name {
+	char namespace[NAME_LENGTH];
+	char name[NAME_LENGTH];
+	char port[NAME_LENGTH]; /* name of the Service port; "" where it has none */
+	enum protocol protocol;
+	__u8 family; /* 4 or 6 */
+	__u8 pad[2];
+};
+_Static_assert(sizeof(struct service_name) == 196, "no padding");
+
+enum backend_state {
+	BACKEND_FREE, /* never used */
+	BACKEND_ACTIVE, /* new flows choose it */
+	BACKEND_DRAINING, /* its flows keep it, no new flow chooses it */
+	BACKEND_REMOVED, /* no flow may choose it again; address and service are the last ones */
+} __one_byte;
+
+/* What may change while flows refer to the backend. One u64: user space replaces it by one store and a
+ * packet judges a flow by one load, so it never meets a new generation with an old state. */
+struct backend_life {
+	__u32 generation; /* raised whenever flows of this backend must look again */
+	enum backend_state state;
+	__u8 flags; /* none yet */
+	__u16 port;
+} __attribute__((aligned(8)));
+_Static_assert(sizeof(struct backend_life) == 8, "one u64");
+
+struct backend {
+	__u8 address[ADDRESS_LENGTH];
+	struct backend_life life;
+	__u32 service;
+	__u32 pad;
+};
+_Static_assert(sizeof(struct backend) == 32, "no padding");
+
+/* ---- flows ---- */
+
+struct tuple {
+	__u8 source[ADDRESS_LENGTH];
+	__u8 destination[ADDRESS_LENGTH];
+	__u16 source_port;
+	__u16 destination_port;
+	enum protocol protocol;
+	__u8 pad[3];
+} __attribute__((aligned(8)));
+_Static_assert(sizeof(struct tuple) == 40, "a key without a hole");
+
+/* The hook at which a flow applies. Without it a reply would be translated before the host's stack,
+ * which would then see a VIP. */
+enum flow_hook {
+	AT_NONE, /* claimed, not yet in force */
+	AT_INGRESS,
+	AT_EGRESS,
+} __one_byte;
+
+enum flow_role {
+	ROLE_NONE,
+	ROLE_FORWARD, /* from the client: key T, to U */
+	ROLE_REPLY, /* from the backend: key inverse(U), to inverse(T) */
+} __one_byte;
+
+/* What has been seen of a flow; written to both halves. Flags, so that one store of either half tells all. */
+enum flow_state {
+	FLOW_ANSWERED = 1, /* the backend has spoken */
+	FLOW_CLIENT_FIN = 2,
+	FLOW_BACKEND_FIN = 4,
+	FLOW_RST = 8,
+};
+
+/* One half of a flow: a packet whose tuple is the key becomes `to` at `hook`. */
+struct flow {
+	struct tuple to;
+	enum flow_hook hook;
+	enum flow_role role;
+	__u8 state; /* of enum flow_state */
+	__u8 flags; /* none yet */
+	__u32 backend;
+	__u32 generation; /* the backend's, when it was last looked up; forward half only */
+	__u32 acknowledgement; /* last TCP acknowledgement seen on this half; not used yet */
+	__u32 answer; /* end of the backend's latest noted segment, reply half; not used yet */
+	__u32 silent_since_s; /* first client segment left unanswered, forward half; not used yet */
+	__u64 last_seen_ns; /* CLOCK_MONOTONIC; written at most once a second */
+	__u64 packets;
+	__u64 bytes; /* of IP packets */
+};
+_Static_assert(sizeof(struct flow) == 88, "no padding");
+
+/* ---- the rest ---- */
+
+/* What outlives the agent and belongs to all maps together. */
+struct record {
+	__u32 layout; /* LAYOUT_VERSION of the agent that made the maps */
+	__u32 pad;
+	__u64 hash_key[2]; /* of the selection hash: random, the same for the life of the maps */
+};
+
+/* Why a program let a packet go as it did. Append only: the numbers are API, the names reach Go and
+ * bpftool by BTF. docs/operations.md says what each means. */
+enum reason {
+	REASON_NONE,
+	/* passed, untouched */
+	REASON_NOT_HOST, /* not sent to this host, by its MAC address */
+	REASON_NOT_IP,
+	REASON_MULTICAST, /* multicast, broadcast or link-local destination */
+	REASON_MAPPED_ADDRESS, /* a v4-mapped address inside an IPv6 packet */
+	REASON_MALFORMED, /* lengths that do not fit, or cut short */
+	REASON_FRAGMENT,
+	REASON_UNSUPPORTED, /* a protocol or an extension header that has no ports */
+	REASON_NO_SERVICE, /* no flow, and no frontend at this address and port */
+	REASON_NO_FLOW, /* at egress */
+	REASON_OTHER_HOOK, /* a flow that applies at the other hook */
+	/* passed, translated */
+	REASON_NEW_FLOW,
+	REASON_FORWARD,
+	REASON_REPLY,
+	/* dropped */
+	REASON_VIP_MALFORMED, /* as above, but sent to a ClusterIP */
+	REASON_VIP_FRAGMENT,
+	REASON_VIP_UNSUPPORTED,
+	REASON_REPLY_FRAGMENT,
+	REASON_NO_BACKEND, /* the service has no usable endpoint */
+	REASON_STRAY_RST, /* a TCP reset of no flow */
+	REASON_TUPLE_TAKEN, /* another flow has this client and port at the same backend */
+	REASON_TABLE_FULL, /* the flow table refused an entry */
+	REASON_NOT_WRITABLE, /* the packet could not be rewritten */
+	REASON_COUNT,
+};
+
+#endif

@@ -1,0 +1,630 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package maps holds every BPF map of the data plane: it makes or adopts them, pins them, and gives typed
+// access. It knows layouts and no meaning; package reconcile decides what is written, the programs in
+// bpf/ read it. Types and names come from bpf/types.h by generation and BTF.
+package maps
+
+import (
+	"bytes"
+	"crypto/rand"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io/fs"
+	"iter"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"unsafe"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/btf"
+	"golang.org/x/sys/unix"
+
+	"github.com/lbagent/lbagent/lb"
+)
+
+// The key and value types of the maps, as C declares them.
+type (
+	FrontendKey  = bpfFrontendKey
+	Frontend     = bpfFrontend
+	Service      = bpfService
+	ServiceName  = bpfServiceName
+	SlotRange    = bpfSlotRange
+	Backend      = bpfBackend
+	BackendLife  = bpfBackendLife
+	BackendState = bpfBackendState
+	Tuple        = bpfTuple
+	Flow         = bpfFlow
+)
+
+// The states of a backend.
+const (
+	BackendFree     = bpfBackendStateBACKEND_FREE
+	BackendActive   = bpfBackendStateBACKEND_ACTIVE
+	BackendDraining = bpfBackendStateBACKEND_DRAINING
+	BackendRemoved  = bpfBackendStateBACKEND_REMOVED
+)
+
+// The flags of a flow's state.
+const (
+	FlowAnswered   = uint8(bpfFlowStateFLOW_ANSWERED)
+	FlowClientFIN  = uint8(bpfFlowStateFLOW_CLIENT_FIN)
+	FlowBackendFIN = uint8(bpfFlowStateFLOW_BACKEND_FIN)
+	FlowRST        = uint8(bpfFlowStateFLOW_RST)
+)
+
+// LayoutVersion is that of bpf/types.h; a test holds the two together.
+const LayoutVersion = 1
+
+var (
+	// ErrInUse says that another agent owns the maps of a folder.
+	ErrInUse = errors.New("another lbagent is running")
+	// ErrLayout says that pinned maps were made by a version whose layout this one cannot adopt.
+	ErrLayout = errors.New("maps of another layout")
+	// ErrSize says that pinned maps have other sizes than those asked for.
+	ErrSize = errors.New("maps of another size")
+	// ErrNotPinned says that no agent has made maps in this folder, or that they were cleaned up.
+	ErrNotPinned = errors.New("no pinned maps")
+)
+
+// Sizes are the largest numbers of entries; 0 is the default of bpf/maps.h.
+type Sizes struct {
+	Frontends, Services, Slots, Backends, Flows uint32
+}
+
+// of returns the size that governs a map, 0 for those of fixed size.
+func (s Sizes) of(name string) uint32 {
+	switch name {
+	case "frontends":
+		return s.Frontends
+	case "services", "service_names":
+		return s.Services
+	case "slots":
+		return s.Slots
+	case "backends":
+		return s.Backends
+	case "flows":
+		return s.Flows
+	}
+	return 0
+}
+
+// Apply sets the sizes in a spec that declares maps of ours, a program's as well: the kernel's verifier and
+// the library compare both.
+func (s Sizes) Apply(spec *ebpf.CollectionSpec) {
+	for name, m := range spec.Maps {
+		if n := s.of(name); n != 0 {
+			m.MaxEntries = n
+		}
+	}
+}
+
+// Maps are all maps of one agent. The zero value is of no use: see New, Open and Read.
+type Maps struct {
+	bpf   bpfMaps
+	lock  *os.File // the pin folder, locked; nil where there is none
+	sizes Sizes
+
+	services []byte // mappings of the arrays of these names
+	slots    []byte
+	backends []byte
+
+	// Fault, when set, is asked before every write, with the map's name; its error is the write's. Tests
+	// inject failures by it.
+	Fault func(mapName string) error
+}
+
+// New makes maps that no folder holds: they are gone with Close. For tests.
+func New(sizes Sizes) (*Maps, error) {
+	m := &Maps{sizes: sizes}
+	if err := m.load(ebpf.CollectionOptions{}); err != nil {
+		return nil, err
+	}
+	return m, m.start(unix.PROT_READ | unix.PROT_WRITE)
+}
+
+// Open takes the folder `dir`, on a BPF file system, for one agent: it adopts the maps pinned there and
+// makes and pins those that are missing. The folder stays locked until Close, or until the process ends.
+//
+// Returns ErrInUse if another agent has it, ErrLayout or ErrSize if maps there cannot be adopted; nothing is
+// changed then.
+func Open(dir string, sizes Sizes) (*Maps, error) {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return nil, fmt.Errorf("make the folder of map pins: %w", err)
+	}
+	lock, err := os.Open(dir)
+	if err != nil {
+		return nil, fmt.Errorf("open the folder of map pins: %w", err)
+	}
+	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		lock.Close()
+		if errors.Is(err, unix.EWOULDBLOCK) {
+			return nil, fmt.Errorf("lock %s: %w", dir, ErrInUse)
+		}
+		return nil, fmt.Errorf("lock %s: %w", dir, err)
+	}
+	if err := checkLayout(dir); err != nil {
+		lock.Close()
+		return nil, err
+	}
+	m := &Maps{lock: lock, sizes: sizes}
+	if err := m.load(ebpf.CollectionOptions{Maps: ebpf.MapOptions{PinPath: dir}}); err != nil {
+		lock.Close()
+		return nil, err
+	}
+	return m, m.start(unix.PROT_READ | unix.PROT_WRITE)
+}
+
+// Read opens the maps pinned in `dir` to read them, also while an agent runs. The result must not be written
+// through. Returns ErrNotPinned if there are none.
+func Read(dir string) (*Maps, error) {
+	if _, err := os.Stat(filepath.Join(dir, "record")); errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("%w in %s: no agent has run with it", ErrNotPinned, dir)
+	}
+	if err := checkLayout(dir); err != nil {
+		return nil, err
+	}
+	m := &Maps{}
+	for name, p := range m.pointers() {
+		var err error
+		// Not ReadOnly: the kernel maps no read-only map file into memory.
+		*p, err = ebpf.LoadPinnedMap(filepath.Join(dir, name), nil)
+		if err != nil {
+			m.Close()
+			return nil, fmt.Errorf("open pinned map %s: %w", name, err)
+		}
+	}
+	return m, m.start(unix.PROT_READ)
+}
+
+// checkLayout returns ErrLayout unless the maps in `dir` are of our layout, or not there.
+func checkLayout(dir string) error {
+	pinned, err := ebpf.LoadPinnedMap(filepath.Join(dir, "record"), &ebpf.LoadPinOptions{ReadOnly: true})
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("open pinned map record: %w", err)
+	}
+	defer pinned.Close()
+	value, err := pinned.LookupBytes(uint32(0))
+	if err != nil {
+		return fmt.Errorf("read pinned map record: %w", err)
+	}
+	// The layout's number is the first word of every version's record; 0 was not written yet.
+	layout := binary.NativeEndian.Uint32(value)
+	if layout != 0 && layout != LayoutVersion {
+		return fmt.Errorf("%w in %s: they have layout %d, this version has %d; `lbagent cleanup` removes them, and with them every flow",
+			ErrLayout, dir, layout, LayoutVersion)
+	}
+	return nil
+}
+
+func (m *Maps) load(opts ebpf.CollectionOptions) error {
+	spec, err := loadBpf()
+	if err != nil {
+		return fmt.Errorf("read the maps' object: %w", err)
+	}
+	m.sizes.Apply(spec)
+	if opts.Maps.PinPath != "" {
+		for _, s := range spec.Maps {
+			s.Pinning = ebpf.PinByName
+		}
+	}
+	err = spec.LoadAndAssign(&m.bpf, &opts)
+	if errors.Is(err, ebpf.ErrMapIncompatible) {
+		return fmt.Errorf("%w in %s: %w; `lbagent cleanup` removes them, and with them every flow", ErrSize, opts.Maps.PinPath, err)
+	}
+	if err != nil {
+		return fmt.Errorf("make the maps: %w", err)
+	}
+	return nil
+}
+
+// start maps the arrays into memory and, on the first open, writes the record.
+func (m *Maps) start(prot int) error {
+	err := func() error {
+		for _, a := range []struct {
+			m    *ebpf.Map
+			into *[]byte
+		}{{m.bpf.Services, &m.services}, {m.bpf.Slots, &m.slots}, {m.bpf.Backends, &m.backends}} {
+			var err error
+			if *a.into, err = mapArray(a.m, prot); err != nil {
+				return err
+			}
+		}
+		if prot&unix.PROT_WRITE == 0 {
+			return nil
+		}
+		var r bpfRecord
+		if err := m.bpf.Record.Lookup(uint32(0), &r); err != nil {
+			return fmt.Errorf("read map record: %w", err)
+		}
+		if r.Layout == LayoutVersion {
+			return nil
+		}
+		r.Layout = LayoutVersion
+		var key [16]byte
+		rand.Read(key[:])
+		r.HashKey = [2]uint64{binary.NativeEndian.Uint64(key[:8]), binary.NativeEndian.Uint64(key[8:])}
+		if err := m.bpf.Record.Put(uint32(0), r); err != nil {
+			return fmt.Errorf("write map record: %w", err)
+		}
+		return nil
+	}()
+	if err != nil {
+		m.Close()
+	}
+	return err
+}
+
+func mapArray(m *ebpf.Map, prot int) ([]byte, error) {
+	size := int(stride(m)) * int(m.MaxEntries())
+	b, err := unix.Mmap(m.FD(), 0, size, prot, unix.MAP_SHARED)
+	if err != nil {
+		return nil, fmt.Errorf("map %s into memory: %w", m, err)
+	}
+	return b, nil
+}
+
+// stride is the distance of two values of an array: the kernel rounds up to 8 bytes.
+func stride(m *ebpf.Map) uint32 { return (m.ValueSize() + 7) &^ 7 }
+
+// Close lets go of the maps; those that are pinned stay.
+func (m *Maps) Close() error {
+	var errs []error
+	for _, b := range []*[]byte{&m.services, &m.slots, &m.backends} {
+		if *b != nil {
+			errs = append(errs, unix.Munmap(*b))
+			*b = nil
+		}
+	}
+	for _, p := range m.pointers() {
+		if *p != nil {
+			errs = append(errs, (*p).Close())
+			*p = nil
+		}
+	}
+	if m.lock != nil {
+		errs = append(errs, m.lock.Close())
+		m.lock = nil
+	}
+	return errors.Join(errs...)
+}
+
+func (m *Maps) pointers() map[string]**ebpf.Map {
+	return map[string]**ebpf.Map{
+		"frontends": &m.bpf.Frontends, "services": &m.bpf.Services, "service_names": &m.bpf.ServiceNames,
+		"slots": &m.bpf.Slots, "backends": &m.bpf.Backends, "flows": &m.bpf.Flows,
+		"reasons": &m.bpf.Reasons, "record": &m.bpf.Record,
+	}
+}
+
+// All returns every map by its name, for a loader to give to its programs. They stay ours to close.
+func (m *Maps) All() map[string]*ebpf.Map {
+	all := map[string]*ebpf.Map{}
+	for name, p := range m.pointers() {
+		all[name] = *p
+	}
+	return all
+}
+
+// Sizes returns the sizes that the maps were opened with, to be applied to the specs of programs.
+func (m *Maps) Sizes() Sizes {
+	return Sizes{
+		Frontends: m.bpf.Frontends.MaxEntries(), Services: m.bpf.Services.MaxEntries(),
+		Slots: m.bpf.Slots.MaxEntries(), Backends: m.bpf.Backends.MaxEntries(), Flows: m.bpf.Flows.MaxEntries(),
+	}
+}
+
+// HashKey is the key of the selection hash.
+func (m *Maps) HashKey() ([2]uint64, error) {
+	var r bpfRecord
+	if err := m.bpf.Record.Lookup(uint32(0), &r); err != nil {
+		return [2]uint64{}, fmt.Errorf("read map record: %w", err)
+	}
+	return r.HashKey, nil
+}
+
+// Grace returns once no program can still use what it read before the call: an RCU grace period, waited for
+// by membarrier (4.3). The expedited forms of that call do not wait for RCU.
+func Grace() error {
+	const cmdGlobal = 1 // MEMBARRIER_CMD_GLOBAL
+	if _, _, errno := unix.Syscall(unix.SYS_MEMBARRIER, cmdGlobal, 0, 0); errno != 0 {
+		return fmt.Errorf("wait for a grace period: %w", errno)
+	}
+	return nil
+}
+
+func (m *Maps) fault(name string) error {
+	if m.Fault == nil {
+		return nil
+	}
+	return m.Fault(name)
+}
+
+// SetFrontend writes one frontend.
+func (m *Maps) SetFrontend(k FrontendKey, f Frontend) error {
+	err := m.fault("frontends")
+	if err == nil {
+		err = m.bpf.Frontends.Put(k, f)
+	}
+	if err != nil {
+		return fmt.Errorf("write frontend %s: %w", k.VIP(), err)
+	}
+	return nil
+}
+
+// DeleteFrontend removes one frontend; that there is none is no error.
+func (m *Maps) DeleteFrontend(k FrontendKey) error {
+	err := m.fault("frontends")
+	if err == nil {
+		err = m.bpf.Frontends.Delete(k)
+	}
+	if err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+		return fmt.Errorf("delete frontend %s: %w", k.VIP(), err)
+	}
+	return nil
+}
+
+// EachFrontend calls yield for every frontend, in no order, until it returns false.
+func (m *Maps) EachFrontend(yield func(FrontendKey, Frontend) bool) error {
+	return each(m.bpf.Frontends, yield)
+}
+
+// SetServiceName gives a service id its name.
+func (m *Maps) SetServiceName(id uint32, n ServiceName) error {
+	err := m.fault("service_names")
+	if err == nil {
+		err = m.bpf.ServiceNames.Put(id, n)
+	}
+	if err != nil {
+		return fmt.Errorf("write name of service %d: %w", id, err)
+	}
+	return nil
+}
+
+// DeleteServiceName takes the name of a service id away; that it has none is no error.
+func (m *Maps) DeleteServiceName(id uint32) error {
+	err := m.fault("service_names")
+	if err == nil {
+		err = m.bpf.ServiceNames.Delete(id)
+	}
+	if err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+		return fmt.Errorf("delete name of service %d: %w", id, err)
+	}
+	return nil
+}
+
+// EachServiceName calls yield for every named service id, in no order, until it returns false.
+func (m *Maps) EachServiceName(yield func(uint32, ServiceName) bool) error {
+	return each(m.bpf.ServiceNames, yield)
+}
+
+// Service returns the slot ranges of a service.
+func (m *Maps) Service(id uint32) Service {
+	var s Service
+	r := atomic.LoadUint64(m.word(m.services, m.bpf.Services, id, unsafe.Offsetof(s.Cluster)))
+	s.Cluster = *(*SlotRange)(unsafe.Pointer(&r))
+	return s
+}
+
+// SetServiceCluster switches a service to another range of slots: one store, so no packet sees half of it.
+func (m *Maps) SetServiceCluster(id uint32, r SlotRange) error {
+	if err := m.fault("services"); err != nil {
+		return fmt.Errorf("write service %d: %w", id, err)
+	}
+	atomic.StoreUint64(m.word(m.services, m.bpf.Services, id, unsafe.Offsetof(Service{}.Cluster)),
+		*(*uint64)(unsafe.Pointer(&r)))
+	return nil
+}
+
+// Slots returns the backend ids in a range, which must lie in the map.
+func (m *Maps) Slots(r SlotRange) []uint32 {
+	ids := make([]uint32, r.Count)
+	for i := range ids {
+		ids[i] = binary.NativeEndian.Uint32(m.slots[m.slot(r.First+uint32(i)):])
+	}
+	return ids
+}
+
+// SetSlots writes backend ids into a range that no service refers to.
+func (m *Maps) SetSlots(first uint32, ids []uint32) error {
+	if err := m.fault("slots"); err != nil {
+		return fmt.Errorf("write slots from %d: %w", first, err)
+	}
+	for i, id := range ids {
+		binary.NativeEndian.PutUint32(m.slots[m.slot(first+uint32(i)):], id)
+	}
+	return nil
+}
+
+func (m *Maps) slot(i uint32) int { return int(i) * int(stride(m.bpf.Slots)) }
+
+// Backend returns a backend.
+func (m *Maps) Backend(id uint32) Backend {
+	var b Backend
+	at := int(id) * int(stride(m.bpf.Backends))
+	copy(unsafe.Slice((*byte)(unsafe.Pointer(&b)), unsafe.Sizeof(b)), m.backends[at:])
+	return b
+}
+
+// SetBackend writes a backend that no slot refers to.
+func (m *Maps) SetBackend(id uint32, b Backend) error {
+	if err := m.fault("backends"); err != nil {
+		return fmt.Errorf("write backend %d: %w", id, err)
+	}
+	at := int(id) * int(stride(m.bpf.Backends))
+	copy(m.backends[at:], unsafe.Slice((*byte)(unsafe.Pointer(&b)), unsafe.Sizeof(b)))
+	return nil
+}
+
+// SetBackendLife changes generation and state of a backend together, by one store.
+func (m *Maps) SetBackendLife(id uint32, l BackendLife) error {
+	if err := m.fault("backends"); err != nil {
+		return fmt.Errorf("write backend %d: %w", id, err)
+	}
+	atomic.StoreUint64(m.word(m.backends, m.bpf.Backends, id, unsafe.Offsetof(Backend{}.Life)),
+		lifeWord(l))
+	return nil
+}
+
+// lifeWord is the u64 that a BackendLife is in memory.
+func lifeWord(l BackendLife) (w uint64) {
+	copy(unsafe.Slice((*byte)(unsafe.Pointer(&w)), 8), unsafe.Slice((*byte)(unsafe.Pointer(&l)), 8))
+	return w
+}
+
+// EachBackend yields every backend that has ever been used, by id.
+func (m *Maps) EachBackend() iter.Seq2[uint32, Backend] {
+	return func(yield func(uint32, Backend) bool) {
+		for id := range m.bpf.Backends.MaxEntries() {
+			if b := m.Backend(id); b.Life.State != BackendFree && !yield(id, b) {
+				return
+			}
+		}
+	}
+}
+
+// word returns the address of an aligned u64 of an array's element.
+func (m *Maps) word(b []byte, a *ebpf.Map, id uint32, offset uintptr) *uint64 {
+	at := int(id)*int(stride(a)) + int(offset)
+	return (*uint64)(unsafe.Pointer(&b[at : at+8][0]))
+}
+
+// EachFlow calls yield for every entry of the flow table, living or not, in no order, until it returns
+// false. Entries that are made meanwhile may be missing.
+func (m *Maps) EachFlow(yield func(Tuple, Flow) bool) error {
+	return each(m.bpf.Flows, yield)
+}
+
+// Reasons returns how many packets left the programs for each reason, by the reason's name.
+func (m *Maps) Reasons() (map[string]uint64, error) {
+	counts := map[string]uint64{}
+	for i := range m.bpf.Reasons.MaxEntries() {
+		var cpus []uint64
+		if err := m.bpf.Reasons.Lookup(i, &cpus); err != nil {
+			return nil, fmt.Errorf("read map reasons: %w", err)
+		}
+		for _, n := range cpus {
+			counts[EnumName("reason", uint64(i))] += n
+		}
+	}
+	return counts, nil
+}
+
+// each reads a hash in batches (5.6). An element that moves meanwhile is seen once, twice or not at all.
+func each[K, V any](m *ebpf.Map, yield func(K, V) bool) error {
+	const chunk = 1024 // far more than the kernel ever keeps in one bucket
+	var cursor ebpf.MapBatchCursor
+	keys, values := make([]K, chunk), make([]V, chunk)
+	for {
+		n, err := m.BatchLookup(&cursor, keys, values, nil)
+		if err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+			return fmt.Errorf("read map %s: %w", m, err)
+		}
+		for i := range n {
+			if !yield(keys[i], values[i]) {
+				return nil
+			}
+		}
+		if err != nil {
+			return nil
+		}
+	}
+}
+
+// KeyOf returns the key of a VIP.
+func KeyOf(v lb.VIP) FrontendKey {
+	return FrontendKey{Address: v.Addr.As16(), Port: v.Port, Protocol: bpfProtocol(v.Protocol)}
+}
+
+// VIP returns what a key stands for.
+func (k bpfFrontendKey) VIP() lb.VIP {
+	return lb.VIP{Addr: netip.AddrFrom16(k.Address).Unmap(), Port: k.Port, Protocol: lb.Protocol(k.Protocol)}
+}
+
+// FrontendOf returns the value of a frontend of a service.
+func FrontendOf(service uint32, k lb.Kind) Frontend {
+	return Frontend{Service: service, Kind: bpfFrontendKind(k)}
+}
+
+// NameOf returns how the maps write a service's name. A part longer than a DNS label cannot come from a
+// Service and is an error.
+func NameOf(n lb.ServiceName) (ServiceName, error) {
+	s := ServiceName{Protocol: bpfProtocol(n.Protocol), Family: uint8(n.Family)}
+	for _, part := range []struct {
+		to   *[64]int8
+		from string
+	}{{&s.Namespace, n.Namespace}, {&s.Name, n.Name}, {&s.Port, n.Port}} {
+		if len(part.from) >= len(part.to) {
+			return s, fmt.Errorf("name %q is longer than %d bytes", part.from, len(part.to)-1)
+		}
+		for i, c := range []byte(part.from) {
+			part.to[i] = int8(c)
+		}
+	}
+	return s, nil
+}
+
+// LB returns the service's name as the rest of lbagent writes it.
+func (n bpfServiceName) LB() lb.ServiceName {
+	return lb.ServiceName{
+		Namespace: text(n.Namespace[:]), Name: text(n.Name[:]), Port: text(n.Port[:]),
+		Protocol: lb.Protocol(n.Protocol), Family: lb.Family(n.Family),
+	}
+}
+
+func text(c []int8) string {
+	b := unsafe.Slice((*byte)(unsafe.Pointer(unsafe.SliceData(c))), len(c))
+	before, _, _ := bytes.Cut(b, []byte{0})
+	return string(before)
+}
+
+// Addr returns where a backend is.
+func (b bpfBackend) Addr() netip.AddrPort {
+	return netip.AddrPortFrom(netip.AddrFrom16(b.Address).Unmap(), b.Life.Port)
+}
+
+// From returns where a packet of this tuple comes from.
+func (t bpfTuple) From() netip.AddrPort {
+	return netip.AddrPortFrom(netip.AddrFrom16(t.Source).Unmap(), t.SourcePort)
+}
+
+// To returns where a packet of this tuple goes.
+func (t bpfTuple) To() netip.AddrPort {
+	return netip.AddrPortFrom(netip.AddrFrom16(t.Destination).Unmap(), t.DestinationPort)
+}
+
+// enums is what BTF knows of our enumerations, read once.
+var enums = sync.OnceValues(func() (*btf.Spec, error) {
+	spec, err := loadBpf()
+	if err != nil {
+		return nil, err
+	}
+	return spec.Types, nil
+})
+
+// EnumName returns the name that C gives a value of an enumeration, in lower case and without the prefix
+// that all its names share: EnumName("reason", 18) is "no_backend". A value without a name is its number.
+func EnumName(enum string, value uint64) string {
+	types, err := enums()
+	var e *btf.Enum
+	if err == nil {
+		err = types.TypeByName(enum, &e)
+	}
+	if err == nil {
+		for _, v := range e.Values {
+			if v.Value == value {
+				_, name, _ := strings.Cut(v.Name, "_")
+				return strings.ToLower(name)
+			}
+		}
+	}
+	return fmt.Sprint(value)
+}
