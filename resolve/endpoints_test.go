@@ -1,0 +1,234 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package resolve
+
+import (
+	"net/netip"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	corev1 "k8s.io/api/core/v1"
+	discoveryv1 "k8s.io/api/discovery/v1"
+
+	"github.com/lbagent/lbagent/lb"
+)
+
+var compareValues = cmp.Comparer(func(a, b netip.AddrPort) bool { return a == b })
+
+// web is the service that these tests find the endpoints of.
+var web = lb.ServiceName{Namespace: "default", Name: "web", Port: "http", Protocol: lb.TCP, Family: lb.IPv4}
+
+// conditions are those of an endpoint: a letter for each of ready, serving and terminating; y for true, n for
+// false, - for nil.
+func conditions(s string) discoveryv1.EndpointConditions {
+	value := func(c byte) *bool {
+		switch c {
+		case 'y', 'n':
+			return new(c == 'y')
+		}
+		return nil
+	}
+	return discoveryv1.EndpointConditions{Ready: value(s[0]), Serving: value(s[1]), Terminating: value(s[2])}
+}
+
+func endpointOf(addr, cond string) discoveryv1.Endpoint {
+	return discoveryv1.Endpoint{Addresses: []string{addr}, Conditions: conditions(cond)}
+}
+
+func portOf(name string, protocol corev1.Protocol, number int32) discoveryv1.EndpointPort {
+	return discoveryv1.EndpointPort{Name: &name, Protocol: &protocol, Port: &number}
+}
+
+func sliceOf(family discoveryv1.AddressType, port discoveryv1.EndpointPort, endpoints ...discoveryv1.Endpoint) *discoveryv1.EndpointSlice {
+	return &discoveryv1.EndpointSlice{AddressType: family, Ports: []discoveryv1.EndpointPort{port}, Endpoints: endpoints}
+}
+
+func backend(addr string, cluster, serving bool) lb.Backend {
+	return lb.Backend{Addr: netip.MustParseAddrPort(addr), Cluster: cluster, Serving: serving}
+}
+
+func TestNilConditions(t *testing.T) {
+	const isNil, yes, no = "-", "y", "n"
+	for _, tt := range []struct {
+		ready, serving, terminating string
+		want                        usability
+	}{
+		{isNil, isNil, isNil, ready},
+		{yes, isNil, isNil, ready},
+		{yes, yes, no, ready},
+		{isNil, no, isNil, ready},
+		{yes, no, no, ready},  // publishNotReadyAddresses
+		{yes, no, yes, ready}, // publishNotReadyAddresses, the pod terminating
+		{no, yes, yes, draining},
+		{no, isNil, yes, draining},
+		{no, yes, isNil, keeping},
+		{no, isNil, isNil, keeping},
+		{no, yes, no, keeping},
+		{no, no, no, useless},
+		{no, no, yes, useless},
+		{no, no, isNil, useless},
+	} {
+		c := conditions(tt.ready + tt.serving + tt.terminating)
+		if got := usabilityOf(&c); got != tt.want {
+			t.Errorf("ready %s, serving %s, terminating %s: usability %d, want %d",
+				tt.ready, tt.serving, tt.terminating, got, tt.want)
+		}
+	}
+}
+
+func TestUsableEndpoints(t *testing.T) {
+	const isReady, isDraining, isKeeping, isUseless = "yyn", "nyy", "nyn", "nnn"
+	for _, tt := range []struct {
+		name      string
+		endpoints []discoveryv1.Endpoint
+		want      []lb.Backend
+	}{
+		{"none", nil, nil},
+		{"the ready ones, in the order of their addresses",
+			[]discoveryv1.Endpoint{endpointOf("10.0.0.10", isReady), endpointOf("10.0.0.9", isReady)},
+			[]lb.Backend{backend("10.0.0.9:8080", true, true), backend("10.0.0.10:8080", true, true)}},
+		{"one that drains keeps its flows",
+			[]discoveryv1.Endpoint{endpointOf("10.0.0.1", isDraining), endpointOf("10.0.0.2", isReady)},
+			[]lb.Backend{backend("10.0.0.1:8080", false, true), backend("10.0.0.2:8080", true, true)}},
+		{"none ready: those that drain",
+			[]discoveryv1.Endpoint{endpointOf("10.0.0.1", isDraining), endpointOf("10.0.0.2", isUseless)},
+			[]lb.Backend{backend("10.0.0.1:8080", true, true)}},
+		{"none ready: not those that only keep their flows",
+			[]discoveryv1.Endpoint{endpointOf("10.0.0.1", isKeeping), endpointOf("10.0.0.2", isDraining)},
+			[]lb.Backend{backend("10.0.0.1:8080", false, true), backend("10.0.0.2:8080", true, true)}},
+		{"publishNotReadyAddresses",
+			[]discoveryv1.Endpoint{endpointOf("10.0.0.1", "ynn")},
+			[]lb.Backend{backend("10.0.0.1:8080", true, true)}},
+		{"neither ready nor serving",
+			[]discoveryv1.Endpoint{endpointOf("10.0.0.1", isUseless)}, nil},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			slices := []*discoveryv1.EndpointSlice{
+				sliceOf("IPv4", portOf("http", "TCP", 8080), tt.endpoints...),
+			}
+			if diff := cmp.Diff(tt.want, backends(web, slices), compareValues); diff != "" {
+				t.Errorf("backends (-want +got):\n%s", diff)
+			}
+		})
+	}
+}
+
+func TestSameAddressTwice(t *testing.T) {
+	for _, tt := range []struct {
+		name, one, other string
+		want             []lb.Backend
+	}{
+		{"equal", "yyn", "yyn", []lb.Backend{backend("10.0.0.1:8080", true, true)}},
+		{"ready beats draining", "yyn", "nyy", []lb.Backend{backend("10.0.0.1:8080", true, true)}},
+		{"ready beats useless", "yyn", "nnn", []lb.Backend{backend("10.0.0.1:8080", true, true)}},
+		{"draining beats useless", "nyy", "nnn", []lb.Backend{backend("10.0.0.1:8080", true, true)}},
+		{"draining beats keeping", "nyy", "nyn", []lb.Backend{backend("10.0.0.1:8080", true, true)}},
+		{"keeping beats useless", "nyn", "nnn", []lb.Backend{backend("10.0.0.1:8080", false, true)}},
+		{"both useless", "nnn", "nny", nil},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			for _, order := range [][2]string{{tt.one, tt.other}, {tt.other, tt.one}} {
+				slices := []*discoveryv1.EndpointSlice{
+					sliceOf("IPv4", portOf("http", "TCP", 8080), endpointOf("10.0.0.1", order[0])),
+					sliceOf("IPv4", portOf("http", "TCP", 8080), endpointOf("10.0.0.1", order[1])),
+				}
+				if diff := cmp.Diff(tt.want, backends(web, slices), compareValues); diff != "" {
+					t.Errorf("%q (-want +got):\n%s", order, diff)
+				}
+			}
+		})
+	}
+	t.Run("another port is another backend", func(t *testing.T) {
+		want := []lb.Backend{backend("10.0.0.1:8080", true, true), backend("10.0.0.1:8081", true, true)}
+		slices := []*discoveryv1.EndpointSlice{
+			sliceOf("IPv4", portOf("http", "TCP", 8081), endpointOf("10.0.0.1", "---")),
+			sliceOf("IPv4", portOf("http", "TCP", 8080), endpointOf("10.0.0.1", "---")),
+		}
+		if diff := cmp.Diff(want, backends(web, slices), compareValues); diff != "" {
+			t.Errorf("(-want +got):\n%s", diff)
+		}
+	})
+}
+
+func TestPortsByNameAndProtocol(t *testing.T) {
+	unnamed := web
+	unnamed.Port = ""
+	for _, tt := range []struct {
+		name    string
+		service lb.ServiceName
+		port    discoveryv1.EndpointPort
+		want    string // the backend, "" for none
+	}{
+		{"same name and protocol; the number is the target's", web, portOf("http", "TCP", 8080), "10.0.0.1:8080"},
+		{"other name", web, portOf("https", "TCP", 8080), ""},
+		{"other protocol", web, portOf("http", "UDP", 8080), ""},
+		{"unnamed is not any name", web, portOf("", "TCP", 8080), ""},
+		{"named is not unnamed", unnamed, portOf("http", "TCP", 8080), ""},
+		{"both unnamed", unnamed, portOf("", "TCP", 8080), "10.0.0.1:8080"},
+		{"no name is the name of none", unnamed, discoveryv1.EndpointPort{Protocol: new(corev1.ProtocolTCP), Port: new(int32(8080))}, "10.0.0.1:8080"},
+		{"no protocol is TCP", web, discoveryv1.EndpointPort{Name: new("http"), Port: new(int32(8080))}, "10.0.0.1:8080"},
+		{"no number", web, discoveryv1.EndpointPort{Name: new("http"), Protocol: new(corev1.ProtocolTCP)}, ""},
+		{"number 0", web, portOf("http", "TCP", 0), ""},
+		{"highest number", web, portOf("http", "TCP", 65535), "10.0.0.1:65535"},
+		{"no port number", web, portOf("http", "TCP", 65536), ""},
+		{"negative number", web, portOf("http", "TCP", -1), ""},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			var want []lb.Backend
+			if tt.want != "" {
+				want = []lb.Backend{backend(tt.want, true, true)}
+			}
+			slices := []*discoveryv1.EndpointSlice{sliceOf("IPv4", tt.port, endpointOf("10.0.0.1", "---"))}
+			if diff := cmp.Diff(want, backends(tt.service, slices), compareValues); diff != "" {
+				t.Errorf("(-want +got):\n%s", diff)
+			}
+		})
+	}
+	t.Run("a named targetPort differs between endpoints", func(t *testing.T) {
+		want := []lb.Backend{backend("10.0.0.1:8080", true, true), backend("10.0.0.2:9090", true, true)}
+		slices := []*discoveryv1.EndpointSlice{
+			sliceOf("IPv4", portOf("http", "TCP", 8080), endpointOf("10.0.0.1", "---")),
+			sliceOf("IPv4", portOf("http", "TCP", 9090), endpointOf("10.0.0.2", "---")),
+		}
+		if diff := cmp.Diff(want, backends(web, slices), compareValues); diff != "" {
+			t.Errorf("(-want +got):\n%s", diff)
+		}
+	})
+}
+
+func TestEndpointsOfOwnFamily(t *testing.T) {
+	for _, tt := range []struct {
+		name        string
+		family      lb.Family
+		addressType discoveryv1.AddressType
+		addresses   []string
+		want        string // the backend, "" for none
+	}{
+		{"IPv4", lb.IPv4, "IPv4", []string{"10.0.0.1"}, "10.0.0.1:8080"},
+		{"IPv6", lb.IPv6, "IPv6", []string{"fd00::1"}, "[fd00::1]:8080"},
+		{"a slice of the other family", lb.IPv4, "IPv6", []string{"fd00::1"}, ""},
+		{"a slice of names", lb.IPv4, "FQDN", []string{"web.example"}, ""},
+		{"an address that is not of its slice's family", lb.IPv6, "IPv6", []string{"10.0.0.1"}, ""},
+		{"v4-mapped, in a slice of IPv6", lb.IPv6, "IPv6", []string{"::ffff:10.0.0.1"}, ""},
+		{"v4-mapped, in a slice of IPv4", lb.IPv4, "IPv4", []string{"::ffff:10.0.0.1"}, ""},
+		{"a zone", lb.IPv6, "IPv6", []string{"fe80::1%eth0"}, ""},
+		{"no address", lb.IPv4, "IPv4", []string{"10.0.0.256"}, ""},
+		{"only the first address has a meaning", lb.IPv4, "IPv4", []string{"10.0.0.2", "10.0.0.1"}, "10.0.0.2:8080"},
+		{"no addresses", lb.IPv4, "IPv4", nil, ""},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			var want []lb.Backend
+			if tt.want != "" {
+				want = []lb.Backend{backend(tt.want, true, true)}
+			}
+			service := web
+			service.Family = tt.family
+			slices := []*discoveryv1.EndpointSlice{
+				sliceOf(tt.addressType, portOf("http", "TCP", 8080), discoveryv1.Endpoint{Addresses: tt.addresses}),
+			}
+			if diff := cmp.Diff(want, backends(service, slices), compareValues); diff != "" {
+				t.Errorf("(-want +got):\n%s", diff)
+			}
+		})
+	}
+}
