@@ -43,7 +43,7 @@ type Change struct {
 // are in it, not on the order in which they came. The cost of a change is that of the Service changed and of
 // those that claim the same VIPs. A Table is not safe for concurrent use.
 type Table struct {
-	objects   map[Name]object // none for Services that ask for nothing
+	objects   map[Name]object               // none for Services that ask for nothing
 	problems  map[Name][]lb.Problem         // only of those that have some: so Problems is cheap
 	claims    map[lb.VIP][]claim            // oldest first: the first holds the VIP, the others wait for it
 	contested map[lb.VIP]struct{}           // those of claims that have more than one
