@@ -25,9 +25,9 @@ struct flow_timeouts {
 };
 const volatile struct flow_timeouts timeouts_ns;
 
-/* 1 << 7 where bpf_l4_csum_replace knows BPF_F_IPV6, else 0. Without it the kernel would spoil the sum
- * of a whole IPv6 packet that a device has computed (CHECKSUM_COMPLETE): the packet is still accepted,
- * after the kernel has summed it again. 6.16, and some stable kernels before. */
+/* CSUM_IPV6 where the kernel knows it, else 0. Without it the kernel would spoil the sum of a whole IPv6
+ * packet that a device has computed (CHECKSUM_COMPLETE): the packet is still accepted, after the kernel
+ * has summed it again. */
 const volatile __u64 csum_ipv6_flag;
 
 #endif

@@ -17,6 +17,9 @@ typedef struct __sk_buff ctx_t;
 #define VERDICT_PASS -1
 #define VERDICT_DROP 2 /* TC_ACT_SHOT, TCX_DROP */
 
+/* BPF_F_IPV6 of bpf_l4_csum_replace: 6.16, and some stable kernels before. */
+#define CSUM_IPV6 (1ULL << 7)
+
 /* Offsets beyond this one are not looked at; the verifier needs a bound, and no sane header is there. */
 #define CTX_OFFSET_MAX 512
 

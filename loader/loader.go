@@ -1,0 +1,185 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package loader loads the programs of bpf/ against the maps of package maps, attaches them to the devices
+// it is given, pins what holds them there, replaces them on an upgrade and takes them away. It never looks
+// into a map.
+package loader
+
+import (
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/cilium/ebpf"
+
+	"github.com/lbagent/lbagent/maps"
+)
+
+// Role says which programs a device gets.
+type Role uint8
+
+// The roles.
+const (
+	Node Role = iota // node_in and node_out: a device by which the node speaks to others
+	Pod              // pod_in and pod_out: the host side of a routed pod
+)
+
+func (r Role) String() string {
+	if r == Pod {
+		return "pod"
+	}
+	return "node"
+}
+
+// Device is a device to attach to.
+type Device struct {
+	Index      int
+	Name       string
+	Role       Role
+	LinkHeader int // bytes before the IP header: 14, or 0 for devices such as WireGuard and tun
+}
+
+// Timeouts are the ages at which an entry of the flow table is absent. No answer yet: New.
+type Timeouts struct {
+	TCPNew, TCPEstablished, TCPHalfClosed, TCPClosed, Reset, UDPNew, UDP time.Duration
+}
+
+// DefaultTimeouts are those of docs/design: a flow without an answer is given up after a minute, an
+// established connection after a day, as by conntrack's default in a cluster.
+func DefaultTimeouts() Timeouts {
+	return Timeouts{
+		TCPNew: time.Minute, TCPEstablished: 24 * time.Hour, TCPHalfClosed: time.Hour, TCPClosed: time.Minute,
+		Reset: 10 * time.Second, UDPNew: 30 * time.Second, UDP: 2 * time.Minute,
+	}
+}
+
+// Config is what an operator or a test chooses. The zero value of each field is its default.
+type Config struct {
+	// LinkDir is the folder of link pins, on a BPF file system. Empty: the programs stay attached only
+	// while the Loader is open.
+	LinkDir string
+	// Timeouts is DefaultTimeouts() where it is zero.
+	Timeouts Timeouts
+	// Clsact attaches by clsact filters even where the kernel has tcx, for tests.
+	Clsact bool
+}
+
+// Loader holds loaded programs and what attaches them. Its methods must not be called concurrently, and all
+// from the network namespace of the devices.
+type Loader struct {
+	maps     *maps.Maps
+	config   Config
+	features Features
+	byHeader map[int]*tcPrograms // by length of the link header
+	hooks    map[hook]attachment
+	clsact   bool // the kernel has no tcx, or is not to use it
+	adopted  bool
+}
+
+// Features is what running them has shown of this kernel.
+type Features struct {
+	TCX      bool // tcx links (6.6); else clsact filters
+	CsumIPv6 bool // BPF_F_IPV6 of bpf_l4_csum_replace (6.16)
+}
+
+// Load loads the programs and attaches nothing. The verifier's refusal is an *ebpf.VerifierError.
+func Load(m *maps.Maps, config Config) (*Loader, error) {
+	if config.Timeouts == (Timeouts{}) {
+		config.Timeouts = DefaultTimeouts()
+	}
+	features, err := Probe()
+	if err != nil {
+		return nil, err
+	}
+	l := &Loader{
+		maps: m, config: config, features: features,
+		byHeader: map[int]*tcPrograms{}, hooks: map[hook]attachment{},
+		clsact: config.Clsact || !features.TCX,
+	}
+	// Ethernet now, so that a refusal is known before anything is attached; the rest as it is met.
+	if _, err := l.programs(14); err != nil {
+		return nil, err
+	}
+	return l, nil
+}
+
+// Features returns what the kernel was found to have.
+func (l *Loader) Features() Features { return l.features }
+
+// Close lets go of the programs. Those that are attached by pinned links or filters stay attached.
+func (l *Loader) Close() error {
+	var errs []error
+	for _, a := range l.hooks {
+		errs = append(errs, a.close())
+	}
+	for _, p := range l.byHeader {
+		errs = append(errs, p.Close())
+	}
+	clear(l.hooks)
+	clear(l.byHeader)
+	return errors.Join(errs...)
+}
+
+// programs returns the programs for devices with a link header of that length, loaded on first use: a copy
+// with another constant costs a packet nothing, a map of devices would cost it a lookup.
+func (l *Loader) programs(linkHeader int) (*tcPrograms, error) {
+	if p := l.byHeader[linkHeader]; p != nil {
+		return p, nil
+	}
+	spec, err := loadTc()
+	if err != nil {
+		return nil, fmt.Errorf("read the programs' object: %w", err)
+	}
+	if err := l.configure(spec, linkHeader); err != nil {
+		return nil, err
+	}
+	l.maps.Sizes().Apply(spec)
+	var p tcPrograms
+	err = spec.LoadAndAssign(&p, &ebpf.CollectionOptions{MapReplacements: l.maps.All()})
+	if err != nil {
+		return nil, fmt.Errorf("load the programs: %w", err)
+	}
+	l.byHeader[linkHeader] = &p
+	return &p, nil
+}
+
+// configure sets every constant of the programs; one that it does not know is an error, so that none is
+// forgotten.
+func (l *Loader) configure(spec *ebpf.CollectionSpec, linkHeader int) error {
+	key, err := l.maps.HashKey()
+	if err != nil {
+		return err
+	}
+	t := l.config.Timeouts
+	var csumFlag uint64
+	if l.features.CsumIPv6 {
+		csumFlag = csumIPv6
+	}
+	values := map[string]any{
+		"link_header_length": uint8(linkHeader),
+		"hash_key":           key,
+		"csum_ipv6_flag":     csumFlag,
+		"timeouts_ns": tcFlowTimeouts{
+			TcpNew: uint64(t.TCPNew), TcpEstablished: uint64(t.TCPEstablished), TcpHalfClosed: uint64(t.TCPHalfClosed),
+			TcpClosed: uint64(t.TCPClosed), Reset: uint64(t.Reset), UdpNew: uint64(t.UDPNew), Udp: uint64(t.UDP),
+		},
+	}
+	for name, v := range spec.Variables {
+		value, known := values[name]
+		if !known {
+			return fmt.Errorf("the programs have a variable %s that nothing sets", name)
+		}
+		if err := v.Set(value); err != nil {
+			return fmt.Errorf("set variable %s of the programs: %w", name, err)
+		}
+	}
+	return nil
+}
+
+// Programs returns the programs for Ethernet devices by name, for tests that run them.
+func (l *Loader) Programs() map[string]*ebpf.Program {
+	p := l.byHeader[14]
+	return map[string]*ebpf.Program{
+		"pod_in": p.PodIn, "pod_out": p.PodOut, "node_in": p.NodeIn, "node_out": p.NodeOut,
+	}
+}
