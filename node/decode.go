@@ -6,18 +6,33 @@ import (
 	"encoding/binary"
 	"fmt"
 	"net/netip"
-	"syscall"
 
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 )
 
-// The netlink library's own parsers of addresses and routes are private to it and its public one for
-// devices reads sysfs, which is that of another namespace. Listings and notifications are therefore both
-// read here, by the same functions.
+// The netlink library's parsers of addresses and routes are private to it, its public one for devices reads
+// sysfs, which is that of another namespace, and the one for attributes panics at some that are cut short.
+// Listings and notifications are therefore read here, by the same functions.
 
-// typeMask is what of an attribute's type is the type; the rest are flags.
-const typeMask = ^uint16(unix.NLA_F_NESTED | unix.NLA_F_NET_BYTEORDER)
+type attribute struct {
+	kind  uint16
+	value []byte
+}
+
+func parseAttributes(b []byte) ([]attribute, error) {
+	var attributes []attribute
+	for len(b) >= unix.SizeofRtAttr {
+		size := int(binary.NativeEndian.Uint16(b))
+		if size < unix.SizeofRtAttr || size > len(b) {
+			return nil, fmt.Errorf("an attribute of %d bytes in %d", size, len(b))
+		}
+		kind := binary.NativeEndian.Uint16(b[2:]) &^ (unix.NLA_F_NESTED | unix.NLA_F_NET_BYTEORDER)
+		attributes = append(attributes, attribute{kind, b[unix.SizeofRtAttr:size]})
+		b = b[min(len(b), (size+unix.RTA_ALIGNTO-1)&^(unix.RTA_ALIGNTO-1)):]
+	}
+	return attributes, nil
+}
 
 // hop is one way of one of the kernel's routes: what is published, and what else tells two of them apart.
 type hop struct {
@@ -57,29 +72,29 @@ func decodeDevice(message []byte) (Device, bool, error) {
 	if header.Type == unix.ARPHRD_ETHER || header.Type == unix.ARPHRD_LOOPBACK {
 		d.LinkHeader = 14
 	}
-	attributes, err := nl.ParseRouteAttr(message[unix.SizeofIfInfomsg:])
+	attributes, err := parseAttributes(message[unix.SizeofIfInfomsg:])
 	if err != nil {
 		return Device{}, false, fmt.Errorf("decode device %d: %w", d.Index, err)
 	}
 	elsewhere := false
 	for _, a := range attributes {
-		switch a.Attr.Type & typeMask {
+		switch a.kind {
 		case unix.IFLA_WIRELESS: // an event of a wireless driver, with nothing but the name
 			return Device{}, false, nil
 		case unix.IFLA_IFNAME:
-			d.Name = unix.ByteSliceToString(a.Value)
+			d.Name = unix.ByteSliceToString(a.value)
 		case unix.IFLA_ADDRESS:
-			if len(a.Value) == len(d.MAC) {
-				d.MAC = [6]byte(a.Value)
+			if len(a.value) == len(d.MAC) {
+				d.MAC = [6]byte(a.value)
 			}
 		case unix.IFLA_MASTER:
-			d.Master = int(u32(a.Value))
+			d.Master = int(u32(a.value))
 		case unix.IFLA_LINK:
-			d.Parent = int(u32(a.Value))
+			d.Parent = int(u32(a.value))
 		case unix.IFLA_LINK_NETNSID:
 			elsewhere = true
 		case unix.IFLA_LINKINFO:
-			if d.Kind, d.VLAN, err = decodeKind(a.Value); err != nil {
+			if d.Kind, d.VLAN, err = decodeKind(a.value); err != nil {
 				return Device{}, false, fmt.Errorf("decode device %s: %w", d.Name, err)
 			}
 		}
@@ -91,25 +106,25 @@ func decodeDevice(message []byte) (Device, bool, error) {
 }
 
 func decodeKind(info []byte) (kind string, vlan uint16, err error) {
-	attributes, err := nl.ParseRouteAttr(info)
+	attributes, err := parseAttributes(info)
 	if err != nil {
 		return "", 0, err
 	}
 	for _, a := range attributes {
-		switch a.Attr.Type & typeMask {
+		switch a.kind {
 		case unix.IFLA_INFO_KIND:
-			kind = unix.ByteSliceToString(a.Value)
+			kind = unix.ByteSliceToString(a.value)
 		case unix.IFLA_INFO_DATA: // comes after the kind
 			if kind != "vlan" {
 				continue
 			}
-			data, err := nl.ParseRouteAttr(a.Value)
+			data, err := parseAttributes(a.value)
 			if err != nil {
 				return "", 0, err
 			}
 			for _, a := range data {
-				if a.Attr.Type == unix.IFLA_VLAN_ID && len(a.Value) >= 2 {
-					vlan = binary.NativeEndian.Uint16(a.Value)
+				if a.kind == unix.IFLA_VLAN_ID && len(a.value) >= 2 {
+					vlan = binary.NativeEndian.Uint16(a.value)
 				}
 			}
 		}
@@ -126,20 +141,20 @@ func decodeAddress(message []byte) (Address, bool, error) {
 	if header.Family != unix.AF_INET && header.Family != unix.AF_INET6 {
 		return Address{}, false, nil
 	}
-	attributes, err := nl.ParseRouteAttr(message[unix.SizeofIfAddrmsg:])
+	attributes, err := parseAttributes(message[unix.SizeofIfAddrmsg:])
 	if err != nil {
 		return Address{}, false, fmt.Errorf("decode address of device %d: %w", header.Index, err)
 	}
 	var local, peer netip.Addr // an address without a peer is in both, or, IPv6, in the second only
 	flags := uint32(header.Flags)
 	for _, a := range attributes {
-		switch a.Attr.Type & typeMask {
+		switch a.kind {
 		case unix.IFA_LOCAL:
-			local, _ = netip.AddrFromSlice(a.Value)
+			local, _ = netip.AddrFromSlice(a.value)
 		case unix.IFA_ADDRESS:
-			peer, _ = netip.AddrFromSlice(a.Value)
+			peer, _ = netip.AddrFromSlice(a.value)
 		case unix.IFA_FLAGS: // the header has room for the first eight only
-			flags = u32(a.Value)
+			flags = u32(a.value)
 		}
 	}
 	address := Address{
@@ -176,7 +191,7 @@ func decodeRoute(message []byte) (slot hop, hops []hop, ok bool, err error) {
 	case header.Family != unix.AF_INET:
 		return hop{}, nil, false, nil
 	}
-	attributes, err := nl.ParseRouteAttr(message[unix.SizeofRtMsg:])
+	attributes, err := parseAttributes(message[unix.SizeofRtMsg:])
 	if err != nil {
 		return hop{}, nil, false, fmt.Errorf("decode route: %w", err)
 	}
@@ -184,23 +199,23 @@ func decodeRoute(message []byte) (slot hop, hops []hop, ok bool, err error) {
 	var source netip.Addr
 	var multipath []byte
 	for _, a := range attributes {
-		switch a.Attr.Type & typeMask {
+		switch a.kind {
 		case unix.RTA_TABLE: // the header has room for 255
-			slot.Table = int(u32(a.Value))
+			slot.Table = int(u32(a.value))
 		case unix.RTA_DST:
-			destination, _ = netip.AddrFromSlice(a.Value)
+			destination, _ = netip.AddrFromSlice(a.value)
 		case unix.RTA_PRIORITY:
-			slot.Metric = int(u32(a.Value))
+			slot.Metric = int(u32(a.value))
 		case unix.RTA_SRC:
-			slot.from, _ = netip.AddrFromSlice(a.Value)
+			slot.from, _ = netip.AddrFromSlice(a.value)
 		case unix.RTA_PREFSRC:
-			source, _ = netip.AddrFromSlice(a.Value)
+			source, _ = netip.AddrFromSlice(a.value)
 		case unix.RTA_OIF:
-			only.Device = int(u32(a.Value))
+			only.Device = int(u32(a.value))
 		case unix.RTA_GATEWAY, unix.RTA_VIA:
 			only.Gateway = gateway(a)
 		case unix.RTA_MULTIPATH:
-			multipath = a.Value
+			multipath = a.value
 		}
 	}
 	if slot.Table == unix.RT_TABLE_LOCAL {
@@ -230,13 +245,13 @@ func decodeRoute(message []byte) (slot hop, hops []hop, ok bool, err error) {
 		if size < unix.SizeofRtNexthop || size > len(multipath) {
 			return hop{}, nil, false, fmt.Errorf("decode route to %s: hop of %d bytes", slot.Destination, size)
 		}
-		attributes, err := nl.ParseRouteAttr(multipath[unix.SizeofRtNexthop:size])
+		attributes, err := parseAttributes(multipath[unix.SizeofRtNexthop:size])
 		if err != nil {
 			return hop{}, nil, false, fmt.Errorf("decode route to %s: %w", slot.Destination, err)
 		}
 		var via netip.Addr
 		for _, a := range attributes {
-			if t := a.Attr.Type & typeMask; t == unix.RTA_GATEWAY || t == unix.RTA_VIA {
+			if t := a.kind; t == unix.RTA_GATEWAY || t == unix.RTA_VIA {
 				via = gateway(a)
 			}
 		}
@@ -247,9 +262,9 @@ func decodeRoute(message []byte) (slot hop, hops []hop, ok bool, err error) {
 }
 
 // gateway reads RTA_GATEWAY, an address, or RTA_VIA, an address after its family.
-func gateway(a syscall.NetlinkRouteAttr) netip.Addr {
-	value := a.Value
-	if a.Attr.Type&typeMask == unix.RTA_VIA && len(value) > 2 {
+func gateway(a attribute) netip.Addr {
+	value := a.value
+	if a.kind == unix.RTA_VIA && len(value) > 2 {
 		value = value[2:]
 	}
 	addr, _ := netip.AddrFromSlice(value)

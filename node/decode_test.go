@@ -149,6 +149,55 @@ func TestDecodeRoute(t *testing.T) {
 	}
 }
 
+// What the kernel drops in silence when an address goes: older kernels more than newer ones.
+func TestDeleteAddress(t *testing.T) {
+	route := func(destination string, device int, source string, multipath bool) hop {
+		h := hop{Route: Route{Table: 254, Destination: netip.MustParsePrefix(destination), Device: device}, multipath: multipath}
+		if source != "" {
+			h.source = netip.MustParseAddr(source)
+		}
+		return h
+	}
+	address := func(s string, device int) Address { return Address{Prefix: netip.MustParsePrefix(s), Device: device} }
+	tests := []struct {
+		name      string
+		addresses []Address // the first one is deleted
+		gone      []string
+		stale     bool
+	}{
+		{"one of two of a device", []Address{address("10.0.0.1/24", 1), address("10.0.0.2/24", 1)}, []string{"10.2.0.0/16"}, false},
+		{"one that another device has too", []Address{address("10.0.0.1/24", 2), address("10.0.0.2/24", 2), address("10.0.0.1/32", 1)}, nil, false},
+		{"the last of a device", []Address{address("10.0.0.1/24", 1), address("10.0.0.1/24", 2), address("2001:db8::1/64", 1)},
+			[]string{"10.1.0.0/16", "10.2.0.0/16"}, true},
+		{"IPv6", []Address{address("2001:db8::1/64", 1)}, nil, false},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			tables := newTables()
+			all := []hop{route("10.1.0.0/16", 1, "", false), route("10.2.0.0/16", 1, "10.0.0.1", false), route("10.3.0.0/16", 1, "", true),
+				route("10.4.0.0/16", 3, "", false), route("2001:db8:1::/64", 1, "", false)}
+			for _, h := range all {
+				tables.hops[h] = struct{}{}
+			}
+			for _, a := range tt.addresses {
+				tables.addresses[addressKey{a.Device, a.Prefix}] = a
+			}
+			if !tables.deleteAddress(tt.addresses[0]) || tables.deleteAddress(tt.addresses[0]) {
+				t.Error("changed is wrong")
+			}
+			var gone []string
+			for _, h := range all {
+				if _, ok := tables.hops[h]; !ok {
+					gone = append(gone, h.Destination.String())
+				}
+			}
+			if diff := cmp.Diff(tt.gone, gone); diff != "" || tables.staleRoutes != tt.stale {
+				t.Errorf("stale %v, -want +got:\n%s", tables.staleRoutes, diff)
+			}
+		})
+	}
+}
+
 // Whatever arrives, it is an error at worst.
 func FuzzApply(f *testing.F) {
 	f.Add(uint16(unix.RTM_NEWLINK), linkMessage(0, 1, 1, linkInfo("vlan", nl.NewRtAttr(unix.IFLA_VLAN_ID, []byte{1}))))
