@@ -297,14 +297,23 @@ func (l *Loader) drop(h hook, a attachment) error {
 	if a.link == nil {
 		return removeFilters(h.device, func(program string) bool { return program == a.program })
 	}
-	var err error
+	errs := []error{detachLink(a.link, h)}
 	if a.pinned {
-		err = os.Remove(filepath.Join(l.config.LinkDir, pinName(a.program, h.device)))
-		if errors.Is(err, fs.ErrNotExist) {
-			err = nil
+		err := os.Remove(filepath.Join(l.config.LinkDir, pinName(a.program, h.device)))
+		if !errors.Is(err, fs.ErrNotExist) {
+			errs = append(errs, err)
 		}
 	}
-	return errors.Join(err, a.link.Close())
+	return errors.Join(append(errs, a.link.Close())...)
+}
+
+// detachLink takes a link's program from its hook at once; without it the kernel would do so some time after
+// the last pin and file descriptor are gone.
+func detachLink(l link.Link, h hook) error {
+	if !alive(l, h) {
+		return nil
+	}
+	return l.Detach()
 }
 
 // Filters of ours are known by this prefix of their name.

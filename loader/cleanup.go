@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 
+	"github.com/cilium/ebpf/link"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
@@ -80,6 +81,11 @@ func Cleanup(root string) (removed []string, err error) {
 		}
 		for _, p := range pins {
 			path := filepath.Join(root, kind, p.Name())
+			if h, _, ok := hookOf(p.Name()); ok && kind == "links" {
+				if err := detachPin(path, h); err != nil {
+					return removed, fmt.Errorf("detach %s: %w", p.Name(), err)
+				}
+			}
 			if err := os.Remove(path); err != nil {
 				return removed, fmt.Errorf("remove a pin: %w", err)
 			}
@@ -93,4 +99,13 @@ func Cleanup(root string) (removed []string, err error) {
 		return removed, fmt.Errorf("remove the folder of pins: %w", err)
 	}
 	return removed, nil
+}
+
+func detachPin(path string, h hook) error {
+	l, err := link.LoadPinnedLink(path, nil)
+	if err != nil {
+		return err
+	}
+	defer l.Close()
+	return detachLink(l, h)
 }
