@@ -369,12 +369,18 @@ func TestFollowManyDevices(t *testing.T) {
 	if s := converge(t, f, "the devices went"); len(s.Devices) != 1 || len(s.Routes) != 0 {
 		t.Errorf("%d devices and %d routes are left", len(s.Devices), len(s.Routes))
 	}
+	// Indices may be used again: nothing unseen is to be left of the devices either.
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if len(f.tables.hops) != 0 || len(f.tables.addresses) != 0 {
+		t.Errorf("kept: %v, %v", f.tables.hops, f.tables.addresses)
+	}
 }
 
 // The queue is full of news of devices that came; that they went is lost.
 func TestFollowOverrun(t *testing.T) {
 	h := namespace(t)
-	f, err := open(1) // the kernel's minimum
+	f, err := open(16 << 10)
 	must(t, err)
 	for i := range 20 {
 		must(t, h.LinkAdd(veth(fmt.Sprintf("a%d", i), fmt.Sprintf("b%d", i))))
