@@ -1,0 +1,165 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package loader_test
+
+import (
+	"context"
+	"fmt"
+	"net/netip"
+	"testing"
+	"time"
+
+	"github.com/vishvananda/netlink"
+
+	"github.com/lbagent/lbagent/internal/testenv"
+	"github.com/lbagent/lbagent/loader"
+	"github.com/lbagent/lbagent/maps"
+)
+
+// The data plane between real sockets, without an agent: the maps are written by hand. What an agent does
+// with manifests is tested in package agent.
+
+// lab is a testenv.Lab whose node has the programs, and a service of all backends in both families.
+type lab struct {
+	*testenv.Lab
+	rig  *rig
+	vips map[int]netip.AddrPort // by family
+}
+
+const serverPort = 8080
+
+func newLab(t *testing.T, c testenv.Config) *lab {
+	t.Helper()
+	l := &lab{Lab: testenv.NewLab(t, c), vips: map[int]netip.AddrPort{4: ap("10.96.0.10:80"), 6: ap("[fd00:96::10]:80")}}
+	m, err := maps.New(maps.Sizes{Frontends: 64, Services: 16, Slots: 1024, Backends: 256, Flows: 65536})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { m.Close() })
+	l.rig = &rig{t: t, maps: m}
+	id := uint32(0)
+	for service, family := range map[uint32]int{1: 4, 2: 6} {
+		var ids []uint32
+		for _, b := range l.Backends {
+			id++
+			ids = append(ids, id)
+			l.rig.backend(id, service, netip.AddrPortFrom(b.Addr(family), serverPort), maps.BackendActive, 1)
+		}
+		l.rig.slots(service, ids...)
+		l.rig.frontend(l.vips[family], service)
+	}
+	for _, b := range l.Backends {
+		for _, serve := range []func(context.Context, *testenv.Namespace, string, string) (*testenv.Server, error){testenv.ServeHTTP, testenv.ServeUDP} {
+			s, err := serve(t.Context(), b.Namespace, b.Name, fmt.Sprint(":", serverPort))
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { s.Close() })
+		}
+	}
+	if err := l.Node.Do(func() error {
+		programs, err := loader.Load(m, loader.Config{})
+		if err != nil {
+			return err
+		}
+		t.Cleanup(func() { programs.Close() })
+		var devices []loader.Device
+		for role, hosts := range map[loader.Role][]*testenv.Host{loader.Node: {l.Client}, loader.Pod: append(l.Backends, l.ClientPods...)} {
+			for _, host := range hosts {
+				link, err := netlink.LinkByName(host.NodeDevice)
+				if err != nil {
+					return fmt.Errorf("device %s: %w", host.NodeDevice, err)
+				}
+				devices = append(devices, loader.Device{Index: link.Attrs().Index, Name: host.NodeDevice, Role: role, LinkHeader: 14})
+			}
+		}
+		return programs.Set(devices)
+	}); err != nil {
+		t.Fatalf("%+v", err)
+	}
+	return l
+}
+
+func (l *lab) clients() []*testenv.Host { return append([]*testenv.Host{l.Client}, l.ClientPods...) }
+
+func (l *lab) context() context.Context {
+	ctx, cancel := context.WithTimeout(l.rig.t.Context(), 30*time.Second)
+	l.rig.t.Cleanup(cancel)
+	return ctx
+}
+
+// TestReach: each client reaches every backend through the VIP, and sees the VIP; the backend sees the client.
+func TestReach(t *testing.T) {
+	l := newLab(t, testenv.Config{Backends: 3, ClientPods: 1})
+	for _, from := range l.clients() {
+		for family, vip := range l.vips {
+			seen := map[string]map[string]int{"tcp": {}, "udp": {}}
+			for range 30 {
+				c := testenv.NewHTTPClient(from.Namespace, netip.AddrPort{})
+				a, err := c.Who(l.context(), vip)
+				c.Close()
+				if err != nil {
+					t.Fatalf("%s to %s: %v", from.Name, vip, err)
+				}
+				if a.Client.Addr() != from.Addr(family) {
+					t.Errorf("the backend sees %s, not %s", a.Client, from.Addr(family))
+				}
+				seen["tcp"][a.Server]++
+				u, err := testenv.DialUDP(l.context(), from.Namespace, netip.AddrPort{}, vip)
+				if err != nil {
+					t.Fatal(err)
+				}
+				a, err = u.Ask(l.context(), vip, "hello")
+				u.Close()
+				if err != nil {
+					t.Fatalf("%s to %s: %v", from.Name, vip, err)
+				}
+				if a.Client.Addr() != from.Addr(family) {
+					t.Errorf("the backend sees %s, not %s", a.Client, from.Addr(family))
+				}
+				seen["udp"][a.Server]++
+			}
+			for protocol, servers := range seen {
+				if len(servers) != 3 {
+					t.Errorf("%s of %s by %s: 30 flows reached %v", protocol, vip, from.Name, servers)
+				}
+			}
+		}
+	}
+}
+
+// TestTransfer: bulk through a VIP, under each pair of settings that change how packets look or who may
+// refuse them. Six rows cover all pairs of five settings.
+func TestTransfer(t *testing.T) {
+	size := int64(64 << 20)
+	if testing.Short() {
+		size = 4 << 20
+	}
+	on, off := testenv.OffloadOn, testenv.OffloadOff
+	strict, none := testenv.ReversePathStrict, testenv.ReversePathOff
+	for _, c := range []testenv.Config{
+		{Segmentation: on, TxChecksum: on, ReversePath: strict, NoRules: false, Masquerade: true},
+		{Segmentation: on, TxChecksum: off, ReversePath: none, NoRules: true, Masquerade: false},
+		{Segmentation: off, TxChecksum: on, ReversePath: none, NoRules: false, Masquerade: false},
+		{Segmentation: off, TxChecksum: off, ReversePath: strict, NoRules: true, Masquerade: true},
+		{Segmentation: on, TxChecksum: off, ReversePath: none, NoRules: false, Masquerade: true},
+		{Segmentation: off, TxChecksum: on, ReversePath: strict, NoRules: true, Masquerade: false},
+	} {
+		c.Backends, c.ClientPods = 1, 1
+		t.Run(fmt.Sprintf("segmentation %v, checksum %v, rp_filter %v, rules %v, masquerade %v",
+			c.Segmentation == on, c.TxChecksum == on, c.ReversePath == strict, !c.NoRules, c.Masquerade), func(t *testing.T) {
+			l := newLab(t, c)
+			for _, from := range l.clients() {
+				for _, family := range []int{4, 6} {
+					client := testenv.NewHTTPClient(from.Namespace, netip.AddrPort{})
+					start := time.Now()
+					if err := client.Transfer(l.context(), l.vips[family], size); err != nil {
+						t.Errorf("%s to %s: %v", from.Name, l.vips[family], err)
+					}
+					t.Logf("%s to %s: %d MiB each way in %v", from.Name, l.vips[family], size>>20, time.Since(start).Round(time.Millisecond))
+					client.Close()
+				}
+			}
+		})
+	}
+}
