@@ -163,3 +163,59 @@ func TestTransfer(t *testing.T) {
 		})
 	}
 }
+
+// TestHeadersOutOfReach: a packet socket gives the kernel a large frame of which hardly more than the
+// Ethernet header can be read directly, as some devices do.
+func TestHeadersOutOfReach(t *testing.T) {
+	l := newLab(t, testenv.Config{Backends: 1})
+	backend := l.Backends[0]
+	for _, at := range []struct {
+		host   *testenv.Host
+		device string
+	}{{l.Client, "eth0"}, {l.Node, l.Client.NodeDevice}, {backend, "eth0"}, {l.Node, backend.NodeDevice}} {
+		if err := at.host.Do(func() error {
+			link, err := netlink.LinkByName(at.device)
+			if err != nil {
+				return err
+			}
+			return netlink.LinkSetMTU(link, 9000)
+		}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	var to testenv.MAC
+	if err := l.Node.Do(func() error {
+		link, err := netlink.LinkByName(l.Client.NodeDevice)
+		if err == nil {
+			copy(to[:], link.Attrs().HardwareAddr)
+		}
+		return err
+	}); err != nil {
+		t.Fatal(err)
+	}
+	capture, err := testenv.Capture(backend.Namespace, "eth0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer capture.Close()
+	sender, err := testenv.Capture(l.Client.Namespace, "eth0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer sender.Close()
+	for family, vip := range l.vips {
+		p := testenv.DatagramUDP(netip.AddrPortFrom(l.Client.Addr(family), 40000), vip, string(make([]byte, 6000)))
+		p.DestinationMAC = to
+		if err := sender.Send(p.Bytes()); err != nil {
+			t.Fatal(err)
+		}
+		want := netip.AddrPortFrom(backend.Addr(family), serverPort)
+		if _, err := capture.Find(5*time.Second, func(f testenv.Frame) bool {
+			got, err := testenv.Parse(f.Data)
+			return err == nil && got.Destination == want && len(got.Payload) == 6000 && testenv.CheckSums(f.Data) == nil
+		}); err != nil {
+			counts, _ := l.rig.maps.Reasons()
+			t.Errorf("IPv%d: %v; reasons %v", family, err, counts)
+		}
+	}
+}
