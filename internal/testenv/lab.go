@@ -64,7 +64,8 @@ type Config struct {
 	MasqueradeTo string      // a range of ports for it, "10000-29999"; "": the kernel's choice
 
 	// Segmentation is generic receive offload, generic and TCP segmentation offload, TxChecksum is that of
-	// senders: of every device of the lab, on both ends.
+	// senders: of every device of the lab, on both ends. Without TxChecksum no sender segments, whatever
+	// Segmentation says.
 	Segmentation, TxChecksum Offload
 }
 

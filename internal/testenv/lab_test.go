@@ -15,6 +15,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -270,15 +271,20 @@ func TestStrict(t *testing.T) {
 			t.Fatal(err)
 		}
 		test.do()
-		time.Sleep(time.Millisecond) // a veth hands over at once, but on another CPU perhaps
-		got, err := l.Counters(t.Context())
-		if err != nil {
-			t.Fatal(err)
+		var got Counters
+		for end := time.Now().Add(time.Second); ; time.Sleep(5 * time.Millisecond) {
+			var err error
+			if got, err = l.Counters(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			if fmt.Sprint(got) == fmt.Sprint(test.want) || time.Now().After(end) {
+				break
+			}
 		}
 		if fmt.Sprint(got) != fmt.Sprint(test.want) {
 			t.Errorf("%s: got %+v, want %+v", name, got, test.want)
 		}
-		err = l.CheckStrict(t.Context())
+		err := l.CheckStrict(t.Context())
 		if wrong := len(got.VIP) != 0 || got.Invalid != 0; wrong != (err != nil) {
 			t.Errorf("%s: %+v, but CheckStrict says %v", name, got, err)
 		}
@@ -475,6 +481,52 @@ func TestCapture(t *testing.T) {
 		if _, err := s.Find(time.Millisecond, func(Frame) bool { return false }); !errors.Is(err, os.ErrDeadlineExceeded) {
 			t.Error(err)
 		}
+	}
+}
+
+// TestOffloads looks at the size of frames: more than the link takes are several segments in one.
+func TestOffloads(t *testing.T) {
+	const full = 14 + 1500
+	for name, test := range map[string]struct {
+		c             Config
+		sends, merges bool // several segments in one
+	}{
+		"default":         {Config{}, true, true},
+		"on":              {Config{Segmentation: OffloadOn, TxChecksum: OffloadOn}, true, true},
+		"no segmentation": {Config{Segmentation: OffloadOff}, false, false},
+		"no checksum":     {Config{TxChecksum: OffloadOff}, false, false},
+		"receive alone":   {Config{Segmentation: OffloadOn, TxChecksum: OffloadOff}, false, true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			test.c.Backends = 1
+			l := NewLab(t, test.c)
+			serve(t, l.Backends[0])
+			s, err := Capture(l.Client.Namespace, uplink)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer s.Close()
+			c := NewHTTPClient(l.Client.Namespace, netip.AddrPort{})
+			defer c.Close()
+			if err := c.Transfer(timeout(t, 10*time.Second), netip.AddrPortFrom(l.Backends[0].IPv6, 80), 2<<20); err != nil {
+				t.Fatal(err)
+			}
+			frames, err := s.All()
+			if err != nil {
+				t.Fatal(err)
+			}
+			var sent, received int
+			for _, f := range frames {
+				if f.Outgoing {
+					sent = max(sent, len(f.Data))
+				} else {
+					received = max(received, len(f.Data))
+				}
+			}
+			if sent > full != test.sends || received > full != test.merges {
+				t.Errorf("sent up to %d bytes at once, received up to %d", sent, received)
+			}
+		})
 	}
 }
 
@@ -680,14 +732,17 @@ func TestProcessOutlivesThreads(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer p.Close()
+	// Together they take every thread that is free.
+	var locked, ended sync.WaitGroup
 	for range 50 {
-		ended := make(chan struct{})
-		go func() {
-			defer close(ended)
+		locked.Add(1)
+		ended.Go(func() {
 			runtime.LockOSThread() // and never unlock: the thread ends with the goroutine
-		}()
-		<-ended
+			locked.Done()
+			locked.Wait()
+		})
 	}
+	ended.Wait()
 	time.Sleep(20 * time.Millisecond)
 	if !running(p.PID()) {
 		t.Error("the child was killed")
