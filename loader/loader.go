@@ -78,8 +78,8 @@ type Loader struct {
 
 // Features is what running them has shown of this kernel.
 type Features struct {
-	TCX      bool // tcx links (6.6); else clsact filters
-	CsumIPv6 bool // BPF_F_IPV6 of bpf_l4_csum_replace (6.16)
+	TCX      bool `json:"tcx"`      // tcx links (6.6); else clsact filters
+	CsumIPv6 bool `json:"csumIPv6"` // BPF_F_IPV6 of bpf_l4_csum_replace (6.16)
 }
 
 // Load loads the programs and attaches nothing. The verifier's refusal is an *ebpf.VerifierError.

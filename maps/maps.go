@@ -77,6 +77,19 @@ type Sizes struct {
 	Frontends, Services, Slots, Backends, Flows uint32
 }
 
+// DefaultSizes are those of bpf/maps.h.
+func DefaultSizes() Sizes {
+	spec, err := loadBpf()
+	if err != nil {
+		return Sizes{} // which means the same; whoever makes the maps will meet the error
+	}
+	size := func(name string) uint32 { return spec.Maps[name].MaxEntries }
+	return Sizes{
+		Frontends: size("frontends"), Services: size("services"), Slots: size("slots"),
+		Backends: size("backends"), Flows: size("flows"),
+	}
+}
+
 // of returns the size that governs a map, 0 for those of fixed size.
 func (s Sizes) of(name string) uint32 {
 	switch name {
@@ -339,6 +352,15 @@ func Grace() error {
 		return fmt.Errorf("wait for a grace period: %w", errno)
 	}
 	return nil
+}
+
+// Now is the clock of Flow.LastSeenNs, in nanoseconds.
+func Now() (uint64, error) {
+	var t unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_MONOTONIC_COARSE, &t); err != nil {
+		return 0, fmt.Errorf("read the monotonic clock: %w", err)
+	}
+	return uint64(t.Nano()), nil
 }
 
 func (m *Maps) fault(name string) error {

@@ -305,3 +305,15 @@ func must(t *testing.T, errs ...error) {
 		}
 	}
 }
+
+func TestDefaultSizes(t *testing.T) {
+	needRoot(t)
+	m, err := New(Sizes{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer m.Close()
+	if got, want := DefaultSizes(), m.Sizes(); got != want {
+		t.Errorf("DefaultSizes() = %+v, the maps are of %+v", got, want)
+	}
+}

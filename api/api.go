@@ -1,0 +1,166 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package api is the admin socket of the agent: HTTP and JSON over a unix socket that only root can open.
+// `GET /v1/status` answers with a [Status]. The types here are those that server and client share, and what
+// `lbagent status -o json` prints; their keys are a contract.
+package api
+
+import (
+	"errors"
+	"path/filepath"
+	"slices"
+	"time"
+
+	"github.com/lbagent/lbagent/lb"
+	"github.com/lbagent/lbagent/loader"
+	"github.com/lbagent/lbagent/maps"
+)
+
+// Status is what an agent says of itself and of its data plane. Without an agent, [FromPins] gives the part
+// of it that outlives one.
+type Status struct {
+	Running  bool      `json:"running"` // an agent answered; else only programs, maps and reasons are known
+	Version  string    `json:"version,omitempty"`
+	PID      int       `json:"pid,omitempty"`
+	Started  time.Time `json:"started,omitzero"`
+	NodeName string    `json:"nodeName,omitempty"`
+
+	Source *Source `json:"source,omitempty"`
+	Apply  *Apply  `json:"apply,omitempty"`
+
+	Programs  []loader.Attached `json:"programs"`
+	Uncovered []Uncovered       `json:"uncovered"` // devices that replies leave by and that have no programs
+	// AttachError says why programs are not where they should be; it is tried again.
+	AttachError string `json:"attachError,omitempty"`
+
+	Maps     []Map             `json:"maps"`
+	Reasons  map[string]uint64 `json:"reasons"` // packets by the reason of their verdict, those above 0
+	Problems []Problem         `json:"problems"`
+	Features *loader.Features  `json:"features,omitempty"`
+}
+
+// Source is where the objects come from.
+type Source struct {
+	Path   string `json:"path"`
+	Synced bool   `json:"synced"` // all that was there at the start has been read
+	// Held: something that was in force at the last run does not parse, so nothing is removed that the
+	// source no longer names, until HeldFiles are mended.
+	Held       bool      `json:"held"`
+	HeldFiles  []string  `json:"heldFiles,omitempty"`
+	LastChange time.Time `json:"lastChange,omitzero"`
+}
+
+// Apply is how far the maps are what the source says.
+type Apply struct {
+	Pending   int       `json:"pending"`             // services whose change is not yet in the maps
+	Failures  uint64    `json:"failures"`            // since the agent's start
+	LastError string    `json:"lastError,omitempty"` // of the last try, if that failed
+	LastApply time.Time `json:"lastApply,omitzero"`  // the last that did not fail
+}
+
+// Uncovered is a device without programs, and what that means.
+type Uncovered struct {
+	Device string `json:"device"`
+	Index  int    `json:"index"`
+	Reason string `json:"reason"`
+}
+
+// Map is how full a map is.
+type Map struct {
+	Name       string `json:"name"`
+	Entries    int    `json:"entries"`
+	MaxEntries uint32 `json:"maxEntries"`
+}
+
+// Problem is an [lb.Problem] for people and scripts.
+type Problem struct {
+	File     string `json:"file,omitempty"`
+	Document int    `json:"document,omitempty"`
+	Object   string `json:"object,omitempty"`
+	Field    string `json:"field,omitempty"`
+	Message  string `json:"message"`
+	Severity string `json:"severity"`
+}
+
+// ProblemsOf returns problems as Problem, in the order of [lb.Problem.Compare]; it is never nil.
+func ProblemsOf(problems []lb.Problem) []Problem {
+	sorted := slices.Clone(problems)
+	slices.SortStableFunc(sorted, lb.Problem.Compare)
+	all := make([]Problem, len(sorted))
+	for i, p := range sorted {
+		all[i] = Problem{p.File, p.Document, p.Object, p.Field, p.Message, p.Severity.String()}
+	}
+	return all
+}
+
+// MapsOf counts what is in the maps. Of `flows` it counts the halves, those included that have expired and
+// were not dropped yet; of `slots` those that services refer to.
+func MapsOf(m *maps.Maps) ([]Map, error) {
+	var frontends, services, slots, backends, flows int
+	err := m.EachFrontend(func(maps.FrontendKey, maps.Frontend) bool { frontends++; return true })
+	if err != nil {
+		return nil, err
+	}
+	err = m.EachServiceName(func(id uint32, _ maps.ServiceName) bool {
+		services++
+		slots += int(m.Service(id).Cluster.Count)
+		return true
+	})
+	if err != nil {
+		return nil, err
+	}
+	for _, b := range m.EachBackend() {
+		if b.Life.State != maps.BackendRemoved {
+			backends++
+		}
+	}
+	if err := m.EachFlow(func(maps.Tuple, maps.Flow) bool { flows++; return true }); err != nil {
+		return nil, err
+	}
+	sizes := m.Sizes()
+	return []Map{
+		{"backends", backends, sizes.Backends}, {"flows", flows, sizes.Flows}, {"frontends", frontends, sizes.Frontends},
+		{"services", services, sizes.Services}, {"slots", slots, sizes.Slots},
+	}, nil
+}
+
+// FromPins is the part of a status that needs no agent: what is pinned below `root` and attached in this
+// network namespace. Without pins it is an empty one.
+func FromPins(root string) (Status, error) {
+	s := Status{Programs: []loader.Attached{}, Uncovered: []Uncovered{}, Maps: []Map{}, Reasons: map[string]uint64{}, Problems: []Problem{}}
+	var err error
+	if s.Programs, err = loader.List(filepath.Join(root, "links")); err != nil {
+		return s, err
+	}
+	m, err := maps.Read(filepath.Join(root, "maps"))
+	if errors.Is(err, maps.ErrNotPinned) {
+		return s, nil
+	}
+	if err != nil {
+		return s, err
+	}
+	defer m.Close()
+	return s, s.FillFromMaps(m)
+}
+
+// FillFromMaps sets what the maps alone say: Maps and Reasons.
+func (s *Status) FillFromMaps(m *maps.Maps) error {
+	var err error
+	if s.Maps, err = MapsOf(m); err != nil {
+		return err
+	}
+	if s.Reasons, err = m.Reasons(); err != nil {
+		return err
+	}
+	for name, packets := range s.Reasons {
+		if packets == 0 {
+			delete(s.Reasons, name)
+		}
+	}
+	return nil
+}
+
+// String is "FILE: document N: OBJECT: FIELD: MESSAGE", as [lb.Problem.Error].
+func (p Problem) String() string {
+	return lb.Problem{File: p.File, Document: p.Document, Object: p.Object, Field: p.Field, Message: p.Message}.Error()
+}
