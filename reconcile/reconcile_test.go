@@ -1,0 +1,693 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package reconcile
+
+import (
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"net/netip"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/lbagent/lbagent/lb"
+	"github.com/lbagent/lbagent/maps"
+)
+
+func testRig(t testing.TB, sizes maps.Sizes) *rig {
+	t.Helper()
+	needRoot(t)
+	g, err := newRig(sizes)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { g.m.Close() })
+	return g
+}
+
+func mustParse(t testing.TB, text string) map[lb.ServiceName]lb.Service {
+	t.Helper()
+	all, err := parse(text)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return all
+}
+
+func (g *rig) mustApply(t testing.TB) {
+	t.Helper()
+	if err := g.apply(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func (g *rig) wantDump(t testing.TB, desired map[lb.ServiceName]lb.Service) {
+	t.Helper()
+	if diff := cmp.Diff(expected(desired), g.dump()); diff != "" {
+		t.Errorf("the maps are not what is desired (-desired +maps):\n%s", diff)
+	}
+}
+
+const before = `
+default/api/TCP IPv4
+  frontend 10.96.0.1:443/TCP ClusterIP
+  frontend 192.0.2.1:443/TCP hostPort
+  backend 10.0.3.1:6443 active
+default/gone/TCP IPv4
+  frontend 10.96.0.3:80/TCP ClusterIP
+  frontend 192.0.2.1:30081/TCP NodePort
+  backend 10.0.2.1:80 active
+  backend 10.0.2.2:80 draining
+default/web:http/TCP IPv4
+  frontend 10.96.0.2:80/TCP ClusterIP
+  frontend 192.0.2.1:30080/TCP NodePort
+  backend 10.0.1.1:80 active
+  backend 10.0.1.2:80 active
+  backend 10.0.1.3:80 draining
+`
+
+// A backend and a frontend go, one drains, one comes, a VIP moves, a service goes, one comes.
+const after = `
+default/api/TCP IPv4
+  frontend 10.96.0.1:443/TCP ClusterIP
+  frontend 192.0.2.1:443/TCP hostPort
+  frontend 192.0.2.1:30080/TCP NodePort
+  backend 10.0.3.1:6443 active
+default/new/UDP IPv4
+  frontend 10.96.0.3:80/TCP ClusterIP
+  frontend 10.96.0.4:80/UDP ClusterIP
+  backend 10.0.4.1:80 active
+default/web:http/TCP IPv4
+  frontend 10.96.0.2:80/TCP ClusterIP
+  backend 10.0.1.1:80 draining
+  backend 10.0.1.3:80 active
+  backend 10.0.1.4:80 active
+`
+
+// The agent dies before each write in turn: what a packet meets is checked there by the rig. The agent that
+// follows brings everything to what is desired, also where that is what it was before.
+func TestDiesAtAnyWrite(t *testing.T) {
+	for _, next := range []string{before, after} {
+		for at, died := 0, true; died; at++ {
+			g := testRig(t, small)
+			g.desire(mustParse(t, before))
+			g.mustApply(t)
+			g.desire(mustParse(t, after))
+			left := at
+			g.fault = func(string) error {
+				if left--; left < 0 {
+					panic(errDied)
+				}
+				return nil
+			}
+			died = false
+			func() {
+				defer func() {
+					if v := recover(); v != nil {
+						if v != errDied {
+							panic(v)
+						}
+						died = true
+					}
+				}()
+				g.mustApply(t)
+			}()
+			g.fault = nil
+			if err := g.restart(); err != nil {
+				t.Fatal(err)
+			}
+			desired := mustParse(t, next)
+			g.desire(desired)
+			g.mustApply(t)
+			g.wantDump(t, desired)
+			if !died && at < 10 {
+				t.Errorf("died at no more than %d writes", at)
+			}
+		}
+	}
+}
+
+// Any write fails once; what a packet meets is checked by the rig. The next Apply writes the rest.
+func TestFailsAtAnyWrite(t *testing.T) {
+	for at, failed := 0, true; failed; at++ {
+		g := testRig(t, small)
+		g.desire(mustParse(t, before))
+		g.mustApply(t)
+		desired := mustParse(t, after)
+		g.desire(desired)
+		left := at
+		g.fault = func(string) error {
+			if left--; left == -1 {
+				return errFault
+			}
+			return nil
+		}
+		failed = g.apply() != nil
+		if failed != (left < 0) {
+			t.Fatalf("write %d failed and Apply did not say so", at)
+		}
+		if failed && g.r.Stats().Pending == 0 {
+			t.Errorf("write %d failed and nothing is pending", at)
+		}
+		g.mustApply(t)
+		g.wantDump(t, desired)
+		g.mustApply(t)
+		if len(g.trace) > 0 {
+			t.Errorf("write %d had failed; two Applies later there are writes: %q", at, g.trace)
+		}
+	}
+}
+
+// Until the grace period has ended no generation changes and nothing becomes free.
+func TestNothingEndsBeforeTheGracePeriod(t *testing.T) {
+	g := testRig(t, small)
+	g.desire(mustParse(t, before))
+	g.mustApply(t)
+	was, err := read(g.m)
+	if err != nil {
+		t.Fatal(err)
+	}
+	g.fault = func(write string) error {
+		if write == "grace" {
+			return errFault
+		}
+		return nil
+	}
+	desired := mustParse(t, after)
+	g.desire(desired)
+	for range 3 {
+		if g.apply() == nil {
+			t.Fatal("no grace period, and no error")
+		}
+		is, err := read(g.m)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for id, b := range was.backends {
+			if is.backends[id].Life.Generation != b.Life.Generation || is.backends[id].Life.State == maps.BackendRemoved {
+				t.Errorf("backend %d changed from %v to %v", id, b, is.backends[id])
+			}
+		}
+		for id, r := range was.ranges {
+			if now, ok := is.ranges[id]; ok && now != r {
+				for other, o := range is.ranges {
+					if o.First < r.First+r.Count && r.First < o.First+o.Count {
+						t.Errorf("slots of service %d were given to %d", id, other)
+					}
+				}
+			}
+		}
+	}
+	g.fault = nil
+	g.mustApply(t)
+	g.wantDump(t, desired)
+	is, err := read(g.m)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for id, b := range was.backends {
+		raised := is.backends[id].Life.Generation > b.Life.Generation
+		// Only api lost nothing; 10.0.1.* lost a frontend, 10.0.2.* their service.
+		if untouched := b.Addr().Addr() == netip.MustParseAddr("10.0.3.1"); raised == untouched {
+			t.Errorf("backend %s: generation %d was %d", b.Addr(), is.backends[id].Life.Generation, b.Life.Generation)
+		}
+	}
+}
+
+// An id that a flow may still name is reused as late as possible, with another generation.
+func TestReuseOfBackendIDs(t *testing.T) {
+	g := testRig(t, maps.Sizes{Frontends: 8, Services: 4, Slots: 8, Backends: 5, Flows: 8})
+	for i := range 12 {
+		g.desire(mustParse(t, fmt.Sprintf("default/web/TCP IPv4\n  backend 10.0.0.%d:80 active\n", i)))
+		g.mustApply(t)
+		c, err := read(g.m)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for id, b := range c.backends {
+			if b.Life.State != maps.BackendActive {
+				continue
+			}
+			if want := uint32(i%4 + 1); id != want {
+				t.Errorf("backend %d has id %d, want %d", i, id, want)
+			}
+			if want := uint32(i/4*2 + 1); b.Life.Generation != want {
+				t.Errorf("backend %d has generation %d, want %d", i, b.Life.Generation, want)
+			}
+		}
+	}
+}
+
+// Whatever the maps say, New adopts what can be used and the first Apply brings the rest in order.
+func TestDamagedMaps(t *testing.T) {
+	name := func(g *rig, id uint32, s string) error {
+		n, err := parseName(s, "IPv4")
+		if err != nil {
+			return err
+		}
+		wire, err := maps.NameOf(n)
+		if err != nil {
+			return err
+		}
+		return g.m.SetServiceName(id, wire)
+	}
+	vip := func(s string) maps.FrontendKey {
+		v, err := parseVIP(s)
+		if err != nil {
+			panic(err)
+		}
+		return maps.KeyOf(v)
+	}
+	backend := func(service uint32, addr string, state maps.BackendState) maps.Backend {
+		a := netip.MustParseAddrPort(addr)
+		return maps.Backend{Address: a.Addr().As16(), Service: service, Life: maps.BackendLife{Generation: 7, State: state, Port: a.Port()}}
+	}
+	address := func(a string) maps.FrontendKey { return maps.KeyOf(addressVIP(netip.MustParseAddr(a))) }
+	for what, damage := range map[string]func(g *rig) error{
+		"a backend of a nameless service":       func(g *rig) error { return g.m.SetBackend(20, backend(9, "10.9.9.9:1", maps.BackendActive)) },
+		"a backend of no service":               func(g *rig) error { return g.m.SetBackend(20, backend(0, "10.9.9.9:1", maps.BackendDraining)) },
+		"a backend of a service out of range":   func(g *rig) error { return g.m.SetBackend(20, backend(1<<30, "10.9.9.9:1", maps.BackendActive)) },
+		"a backend in an unknown state":         func(g *rig) error { return g.m.SetBackend(20, backend(1, "10.9.9.9:1", 99)) },
+		"a backend twice":                       func(g *rig) error { return g.m.SetBackend(20, backend(1, "10.0.3.1:6443", maps.BackendActive)) },
+		"a name without slots":                  func(g *rig) error { return name(g, 9, "default/other/TCP") },
+		"a name twice":                          func(g *rig) error { return name(g, 9, "default/web:http/TCP") },
+		"a name out of range":                   func(g *rig) error { return name(g, 1<<20, "default/web:http/TCP") },
+		"a lost name":                           func(g *rig) error { return g.m.DeleteServiceName(1) },
+		"a frontend of a nameless service":      func(g *rig) error { return g.m.SetFrontend(vip("10.9.9.9:1/TCP"), maps.FrontendOf(9, lb.External)) },
+		"a frontend of no service":              func(g *rig) error { return g.m.SetFrontend(vip("10.9.9.9:1/TCP"), maps.FrontendOf(0, lb.ClusterIP)) },
+		"a frontend of a service out of range":  func(g *rig) error { return g.m.SetFrontend(vip("10.9.9.9:1/TCP"), maps.FrontendOf(1<<30, lb.External)) },
+		"a desired frontend that leads nowhere": func(g *rig) error { return g.m.SetFrontend(vip("10.96.0.1:443/TCP"), maps.FrontendOf(0, lb.ClusterIP)) },
+		"an address of no frontend":             func(g *rig) error { return g.m.SetFrontend(address("10.9.9.9"), maps.FrontendOf(0, lb.Address)) },
+		"an address of another kind":            func(g *rig) error { return g.m.SetFrontend(address("10.96.0.1"), maps.FrontendOf(1, lb.External)) },
+		"a lost address":                        func(g *rig) error { return g.m.DeleteFrontend(address("10.96.0.1")) },
+		"overlapping slots":                     func(g *rig) error { return g.m.SetServiceCluster(1, g.m.Service(3).Cluster) },
+		"slots out of range":                    func(g *rig) error { return g.m.SetServiceCluster(1, maps.SlotRange{First: 60, Count: 8}) },
+		"slots far out of range": func(g *rig) error {
+			return g.m.SetServiceCluster(1, maps.SlotRange{First: 1<<32 - 1, Count: 1<<32 - 1})
+		},
+		"slots of a nameless service":  func(g *rig) error { return g.m.SetServiceCluster(9, maps.SlotRange{First: 40, Count: 1}) },
+		"slots not from the allocator": func(g *rig) error { return g.m.SetServiceCluster(3, maps.SlotRange{First: 33, Count: 2}) },
+		"a slot of another service": func(g *rig) error {
+			return g.m.SetSlots(g.m.Service(1).Cluster.First, g.m.Slots(g.m.Service(3).Cluster)[:1])
+		},
+		"a slot with id 0":               func(g *rig) error { return g.m.SetSlots(g.m.Service(1).Cluster.First, []uint32{0}) },
+		"a slot with an id out of range": func(g *rig) error { return g.m.SetSlots(g.m.Service(1).Cluster.First, []uint32{1 << 30}) },
+		"a removed backend in use": func(g *rig) error {
+			return g.m.SetBackendLife(1, maps.BackendLife{Generation: 3, State: maps.BackendRemoved, Port: 6443})
+		},
+	} {
+		for _, hold := range []bool{false, true} {
+			t.Run(fmt.Sprintf("%s, hold %t", what, hold), func(t *testing.T) {
+				g := testRig(t, small)
+				desired := mustParse(t, before)
+				g.desire(desired)
+				g.mustApply(t)
+				g.m.Fault = nil // there is no order to check in what follows
+				if err := damage(g); err != nil {
+					t.Fatal(err)
+				}
+				g.setHold(hold)
+				if err := g.restart(); err != nil {
+					t.Fatal(err)
+				}
+				g.desire(desired)
+				g.mustApply(t)
+				g.setHold(false)
+				g.mustApply(t)
+				g.wantDump(t, desired)
+			})
+		}
+	}
+}
+
+// The whole against a model: random services come, change and go, writes fail, agents die, restart and hold.
+func TestRandom(t *testing.T) {
+	rounds, steps := 20, 50
+	if testing.Short() {
+		rounds = 5
+	}
+	for seed := range uint64(rounds) {
+		t.Run(fmt.Sprint(seed), func(t *testing.T) {
+			rnd := rand.New(rand.NewPCG(seed, 1))
+			g := testRig(t, maps.Sizes{Frontends: 128, Services: 16, Slots: 128, Backends: 128, Flows: 16})
+			failing := false
+			g.fault = func(string) error {
+				if failing && rnd.IntN(10) == 0 {
+					if rnd.IntN(10) == 0 {
+						panic(errDied)
+					}
+					return errFault
+				}
+				return nil
+			}
+			var kept held
+			restart := func(hold bool) {
+				g.hold = hold
+				if err := g.restart(); err != nil {
+					t.Fatal(err)
+				}
+				kept = heldOf(t, g)
+			}
+			desired := map[lb.ServiceName]lb.Service{}
+			for range steps {
+				failing = rnd.IntN(2) == 0
+				switch rnd.IntN(10) {
+				case 0:
+					restart(rnd.IntN(2) == 0)
+				case 1:
+					g.setHold(false)
+				}
+				desired = randomChange(rnd, desired)
+				told := desired
+				if g.hold && rnd.IntN(3) > 0 { // not all is known yet
+					told = map[lb.ServiceName]lb.Service{}
+					for name, svc := range desired {
+						if rnd.IntN(2) == 0 {
+							told[name] = svc
+						}
+					}
+				}
+				kept.confirm(g.desired, told)
+				g.desire(told)
+				err := func() (err error) {
+					defer func() {
+						if v := recover(); v != nil {
+							if v != errDied {
+								panic(v)
+							}
+							restart(g.hold)
+						}
+					}()
+					return g.apply()
+				}()
+				if g.hold {
+					kept.check(t, g)
+				} else {
+					kept = held{}
+				}
+				if err == nil && !failing && !g.hold {
+					g.wantDump(t, told)
+				}
+				if t.Failed() {
+					t.FailNow()
+				}
+			}
+			failing = false
+			g.setHold(false)
+			g.desire(desired)
+			g.mustApply(t)
+			g.wantDump(t, desired)
+			if p := g.r.Stats(); p.Pending != 0 || p.Services != len(desired) {
+				t.Errorf("in the end: %+v", p)
+			}
+
+			fresh := testRig(t, small)
+			fresh.m.Fault = nil
+			fresh.desire(desired)
+			fresh.mustApply(t)
+			if diff := cmp.Diff(fresh.dump(), g.dump()); diff != "" {
+				t.Errorf("another agent would have made other maps (-fresh +these):\n%s", diff)
+			}
+		})
+	}
+}
+
+// held is what a restart found, and must stay while it is held.
+type held struct {
+	frontends map[lb.VIP]lb.ServiceName
+	chosen    map[string]lb.ServiceName // backends in slots, "SERVICE ADDRESS"
+}
+
+func heldOf(t *testing.T, g *rig) held {
+	c, err := read(g.m)
+	if err != nil {
+		t.Fatal(err)
+	}
+	h := held{map[lb.VIP]lb.ServiceName{}, map[string]lb.ServiceName{}}
+	for vip, f := range c.frontends {
+		if name, ok := c.names[f.Service]; ok {
+			h.frontends[vip] = name
+		}
+	}
+	for id, ids := range c.slots {
+		for _, b := range ids {
+			h.chosen[c.names[id].String()+" "+c.backends[b].Addr().String()] = c.names[id]
+		}
+	}
+	return h
+}
+
+// confirm gives up what follows what is desired from now on.
+func (h held) confirm(before, now map[lb.ServiceName]lb.Service) {
+	for name := range before {
+		if _, ok := now[name]; !ok {
+			for vip, owner := range h.frontends {
+				if owner == name {
+					delete(h.frontends, vip)
+				}
+			}
+			for b, owner := range h.chosen {
+				if owner == name {
+					delete(h.chosen, b)
+				}
+			}
+		}
+	}
+	for name, svc := range now {
+		for _, f := range svc.Frontends {
+			delete(h.frontends, f.VIP)
+		}
+		for _, b := range svc.Backends {
+			delete(h.chosen, name.String()+" "+b.Addr.String())
+		}
+	}
+}
+
+func (h held) check(t *testing.T, g *rig) {
+	t.Helper()
+	is := heldOf(t, g)
+	for vip, name := range h.frontends {
+		if is.frontends[vip] != name {
+			t.Errorf("frontend %s was held by %s, and leads to %q", vip, name, is.frontends[vip])
+		}
+	}
+	for b := range h.chosen {
+		if _, ok := is.chosen[b]; !ok {
+			t.Errorf("backend %s was held, and is not chosen", b)
+		}
+	}
+}
+
+// randomChange returns services of which some differ from those before; no two have one VIP.
+func randomChange(rnd *rand.Rand, before map[lb.ServiceName]lb.Service) map[lb.ServiceName]lb.Service {
+	names := make([]lb.ServiceName, 6)
+	for i := range names {
+		names[i] = lb.ServiceName{Namespace: "default", Name: fmt.Sprint("s", i), Protocol: lb.TCP, Family: lb.IPv4}
+	}
+	after := map[lb.ServiceName]lb.Service{}
+	taken := map[lb.VIP]bool{}
+	for _, i := range rnd.Perm(len(names)) {
+		name := names[i]
+		svc, ok := before[name]
+		switch rnd.IntN(8) {
+		case 0:
+			continue // goes
+		case 1, 2, 3:
+			svc, ok = randomService(rnd, name), true
+		}
+		if !ok {
+			continue
+		}
+		svc.Frontends = slices.DeleteFunc(slices.Clone(svc.Frontends), func(f lb.Frontend) bool { return taken[f.VIP] })
+		for _, f := range svc.Frontends {
+			taken[f.VIP] = true
+		}
+		after[name] = svc
+	}
+	return after
+}
+
+func randomService(rnd *rand.Rand, name lb.ServiceName) lb.Service {
+	svc := lb.Service{Name: name}
+	for i := range 8 {
+		if rnd.IntN(3) == 0 {
+			addr := netip.AddrFrom4([4]byte{10, 96, 0, byte(i / 2)})
+			svc.Frontends = append(svc.Frontends, lb.Frontend{
+				VIP:  lb.VIP{Addr: addr, Port: uint16(80 + i%2), Protocol: lb.TCP},
+				Kind: []lb.Kind{lb.ClusterIP, lb.NodePort}[rnd.IntN(2)],
+			})
+		}
+	}
+	for i := range 5 {
+		if rnd.IntN(2) == 0 {
+			svc.Backends = append(svc.Backends, lb.Backend{
+				Addr:    netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, 0, name.Name[1], byte(i)}), 80),
+				Cluster: rnd.IntN(3) > 0, Serving: true,
+			})
+		}
+	}
+	return svc
+}
+
+// What did not change costs no write, however much of it there is.
+func TestUnaffectedServicesAreNotWritten(t *testing.T) {
+	g := testRig(t, small)
+	g.desire(mustParse(t, before))
+	g.mustApply(t)
+	desired := mustParse(t, strings.Replace(before, "backend 10.0.3.1:6443 active", "backend 10.0.3.2:6443 active", 1))
+	g.desire(desired)
+	g.mustApply(t)
+	// the new backend (address, then life), its slot, the switch, the end of the old one
+	if want := []string{"backends", "backends", "slots", "services", "grace", "backends"}; !slices.Equal(g.trace, want) {
+		t.Errorf("writes %q, want %q", g.trace, want)
+	}
+	g.r.Set(desired, []lb.ServiceName{{Name: "never there"}})
+	g.mustApply(t)
+	if len(g.trace) > 0 {
+		t.Errorf("the same again is written: %q", g.trace)
+	}
+}
+
+// One service too few in the maps must not keep a name that no map can hold from failing alone.
+func TestNameTooLong(t *testing.T) {
+	g := testRig(t, small)
+	desired := mustParse(t, before+"default/"+strings.Repeat("x", 64)+"/TCP IPv4\n  frontend 10.96.0.9:80/TCP ClusterIP\n")
+	g.desire(desired)
+	err := g.apply()
+	if err == nil || !strings.Contains(err.Error(), "longer than 63 bytes") {
+		t.Errorf("error %v", err)
+	}
+	g.wantDump(t, mustParse(t, before))
+}
+
+func TestSlotAllocator(t *testing.T) {
+	for seed := range uint64(20) {
+		rnd := rand.New(rand.NewPCG(seed, 2))
+		size := uint32(100 + rnd.IntN(100))
+		a := newSlotAllocator(size)
+		var live []maps.SlotRange
+		owner := make([]int, size)
+		for i := 1; i <= 500; i++ {
+			if len(live) > 0 && rnd.IntN(2) == 0 {
+				at := rnd.IntN(len(live))
+				for s := range live[at].Count {
+					owner[live[at].First+s] = 0
+				}
+				a.release(live[at])
+				live = slices.Delete(live, at, at+1)
+				continue
+			}
+			r, ok := a.alloc(uint32(1 + rnd.IntN(20)))
+			if !ok {
+				continue
+			}
+			for s := range r.Count {
+				if owner[r.First+s] != 0 {
+					t.Fatalf("seed %d: slot %d is handed out twice", seed, r.First+s)
+				}
+				owner[r.First+s] = i
+			}
+			live = append(live, r)
+		}
+		// Another allocator learns the same from the ranges alone, in any order.
+		b := newSlotAllocator(size)
+		for _, i := range rnd.Perm(len(live)) {
+			if !b.take(live[i]) {
+				t.Fatalf("seed %d: %v cannot be taken", seed, live[i])
+			}
+			if b.take(live[i]) {
+				t.Fatalf("seed %d: %v can be taken twice", seed, live[i])
+			}
+		}
+		if len(a.at) != len(b.at) {
+			t.Errorf("seed %d: %d free blocks, %d after a restart", seed, len(a.at), len(b.at))
+		}
+		for first, block := range a.at {
+			if b.at[first].order != block.order {
+				t.Errorf("seed %d: block %d differs after a restart", seed, first)
+			}
+		}
+		for _, r := range live {
+			a.release(r)
+		}
+		if want := newSlotAllocator(size); len(a.at) != len(want.at) {
+			t.Errorf("seed %d: all is free in %d blocks, want %d", seed, len(a.at), len(want.at))
+		}
+	}
+}
+
+func TestSlotRangesThatCannotBeTaken(t *testing.T) {
+	a := newSlotAllocator(48) // 32 and 16
+	for _, r := range []maps.SlotRange{{First: 0, Count: 0}, {First: 1, Count: 2}, {First: 0, Count: 33}, {First: 48, Count: 1}, {First: 32, Count: 17}, {First: 0, Count: 1<<32 - 1}} {
+		if a.take(r) {
+			t.Errorf("%v was taken", r)
+		}
+	}
+	if _, ok := a.alloc(33); ok {
+		t.Error("33 slots from a block of 32")
+	}
+}
+
+func TestIDQueue(t *testing.T) {
+	q := newIDQueue(5)
+	for id := range uint32(4) {
+		q.push(id + 1)
+	}
+	q.remove(2)
+	q.remove(1)
+	q.push(1)
+	var got []uint32
+	for q.length > 0 {
+		got = append(got, q.oldest())
+		q.remove(q.oldest())
+	}
+	if want := []uint32{3, 4, 1}; !slices.Equal(got, want) || q.oldest() != 0 {
+		t.Errorf("ids %v, want %v, then 0", got, want)
+	}
+}
+
+// One backend of one service changes, among 10,000 services of 4 backends.
+func BenchmarkApply(b *testing.B) {
+	needRoot(b)
+	m, err := maps.New(maps.Sizes{Flows: 16})
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer m.Close()
+	r, err := New(m, slog.New(slog.DiscardHandler))
+	if err != nil {
+		b.Fatal(err)
+	}
+	r.grace = func() error { return nil } // milliseconds, whatever there is to do
+	all := map[lb.ServiceName]lb.Service{}
+	service := func(i, change int) lb.Service {
+		svc := lb.Service{
+			Name:      lb.ServiceName{Namespace: "default", Name: fmt.Sprint("s", i), Protocol: lb.TCP, Family: lb.IPv4},
+			Frontends: []lb.Frontend{{VIP: lb.VIP{Addr: netip.AddrFrom4([4]byte{10, 96, byte(i >> 8), byte(i)}), Port: 80, Protocol: lb.TCP}, Kind: lb.ClusterIP}},
+		}
+		for j := range 4 {
+			svc.Backends = append(svc.Backends, lb.Backend{Addr: netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, byte(j), byte(i >> 8), byte(i)}), uint16(80+change%2)), Cluster: true, Serving: true})
+		}
+		return svc
+	}
+	for i := range 10_000 {
+		svc := service(i, 0)
+		all[svc.Name] = svc
+	}
+	r.Set(all, nil)
+	if err := r.Apply(); err != nil {
+		b.Fatal(err)
+	}
+	change := 0
+	for b.Loop() {
+		change++
+		svc := service(4711, change)
+		r.Set(map[lb.ServiceName]lb.Service{svc.Name: svc}, nil)
+		if err := r.Apply(); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
