@@ -19,6 +19,13 @@ import (
 
 // Validate says what is wrong with manifests, each a file or a folder of files. Nothing is followed.
 func Validate(paths ...string) []lb.Problem {
+	_, problems := Load(paths...)
+	return problems
+}
+
+// Load reads manifests once, each a file or a folder of files, and returns them as a folder that is not
+// followed, and what is wrong with them.
+func Load(paths ...string) (*Folder, []lb.Problem) {
 	s := newSet(slog.New(slog.DiscardHandler))
 	var problems []lb.Problem
 	for _, path := range paths {
@@ -45,7 +52,7 @@ func Validate(paths ...string) []lb.Problem {
 		}
 	}
 	s.settle()
-	return append(problems, s.problems()...)
+	return &Folder{set: s, changed: make(chan struct{})}, append(problems, s.problems()...)
 }
 
 // list returns the names of the manifests in a folder, those that cannot be read too.

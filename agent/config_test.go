@@ -1,0 +1,84 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package agent
+
+import (
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/lbagent/lbagent/maps"
+	"github.com/lbagent/lbagent/node"
+)
+
+func TestConfig(t *testing.T) {
+	for name, c := range map[string]struct {
+		change func(*Config)
+		want   []string // flags that are named
+	}{
+		"defaults and a folder": {func(*Config) {}, nil},
+		"no folder":             {func(c *Config) { c.Manifests = "" }, []string{"--manifests: want a folder"}},
+		"no such folder":        {func(c *Config) { c.Manifests = "/none" }, []string{"--manifests: stat /none"}},
+		"a file":                {func(c *Config) { c.Manifests = "/proc/self/exe" }, []string{"--manifests: /proc/self/exe is no folder"}},
+		"relative paths": {func(c *Config) { c.BPFRoot, c.Socket = "a/b", "s" },
+			[]string{`--bpf-root: "a/b"`, `--socket: "s"`}},
+		"no parent":     {func(c *Config) { c.BPFRoot = "/lbagent" }, []string{"--bpf-root: /lbagent"}},
+		"a long socket": {func(c *Config) { c.Socket = "/" + strings.Repeat("s", 107) }, []string{"--socket: "}},
+		"a pattern":     {func(c *Config) { c.Devices = node.Config{Devices: []string{"["}} }, []string{"devices: "}},
+		"no name":       {func(c *Config) { c.NodeName = "" }, []string{"--hostname-override"}},
+		"sizes": {func(c *Config) {
+			c.Sizes = maps.Sizes{Flows: 1, Services: 1, Frontends: 1 << 27, Backends: 1, Slots: 1}
+		},
+			[]string{"--flows: 1", "--max-services: 1", "--max-frontends: 134217728", "--max-backends: 1", "--max-slots: 1"}},
+	} {
+		config := Config{Manifests: t.TempDir()}
+		config.Defaults()
+		c.change(&config)
+		err := config.Validate()
+		if (err == nil) != (len(c.want) == 0) {
+			t.Errorf("%s: %v", name, err)
+			continue
+		}
+		for _, want := range c.want {
+			if !strings.Contains(err.Error(), want) {
+				t.Errorf("%s: %v lacks %q", name, err, want)
+			}
+		}
+	}
+}
+
+func TestRetry(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var r retry
+		if r.due() != nil || r.pending() {
+			t.Error("the zero retry is due")
+		}
+		wait := func() time.Duration {
+			start := time.Now()
+			<-r.due()
+			return time.Since(start)
+		}
+		for _, want := range []time.Duration{200 * time.Millisecond, 400 * time.Millisecond, 800 * time.Millisecond} {
+			r.failed()
+			if got := wait(); got != want {
+				t.Errorf("after %v, want %v", got, want)
+			}
+		}
+		for range 10 {
+			r.failed()
+		}
+		if got := wait(); got != lastRetry {
+			t.Errorf("after many failures: %v", got)
+		}
+		r.done()
+		if r.pending() {
+			t.Error("pending when done")
+		}
+		r.failed()
+		if got := wait(); got != firstRetry {
+			t.Errorf("after a success: %v", got)
+		}
+		r.stop()
+	})
+}

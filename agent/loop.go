@@ -1,0 +1,174 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package agent
+
+import (
+	"context"
+	"slices"
+	"sync/atomic"
+	"time"
+
+	"github.com/lbagent/lbagent/api"
+	"github.com/lbagent/lbagent/loader"
+	"github.com/lbagent/lbagent/maps"
+	"github.com/lbagent/lbagent/node"
+	"github.com/lbagent/lbagent/reconcile"
+	"github.com/lbagent/lbagent/resolve"
+	"github.com/lbagent/lbagent/source"
+	"github.com/lbagent/lbagent/source/manifest"
+)
+
+// releaseDelay is how long the last file must have been mended before what was held for its sake is let go:
+// its objects arrive in this process only after the folder has said that it is good.
+const releaseDelay = time.Second
+
+// agent is what is between the stages. All of it belongs to the goroutine of run, but for `page` and what
+// [agent.status] says it reads.
+type agent struct {
+	config  Config
+	started time.Time
+
+	maps       *maps.Maps
+	folder     *manifest.Folder
+	objects    *source.Objects
+	table      *resolve.Table
+	reconciler *reconcile.Reconciler
+	programs   *loader.Loader
+
+	names chan []source.Name         // Services that may have changed
+	hosts chan node.Snapshot         // the host, after a change
+	page  atomic.Pointer[api.Status] // replaced as a whole
+
+	synced  bool // all that the folder held at the start is in the table
+	holding bool // what was found in the maps and nobody names is kept
+	release retry
+
+	lastChange time.Time
+	apply      api.Apply
+	applyRetry retry
+	problems   problemLog
+
+	host        node.Snapshot
+	attached    []loader.Attached
+	uncovered   []node.Uncovered
+	attachError string
+	attachRetry retry
+}
+
+// run brings changes into the maps and programs onto devices until ctx ends; it returns nil then. A failure
+// is logged and tried again, later each time; what is in force stays in force.
+func (a *agent) run(ctx context.Context) error {
+	defer a.release.stop()
+	defer a.applyRetry.stop()
+	defer a.attachRetry.stop()
+	for {
+		changed := a.folder.Changed()
+		if a.holding && !a.release.pending() && len(a.folder.Held()) == 0 {
+			a.release.after(releaseDelay)
+		}
+		a.publish()
+		select {
+		case <-ctx.Done():
+			return nil
+		case names := <-a.names:
+			a.resolve(names)
+			a.write()
+			if !a.synced { // the first names are all there are
+				a.synced = true
+				a.attach()
+			}
+		case a.host = <-a.hosts:
+			if a.synced {
+				a.attach()
+			}
+		case <-changed: // problems or what is held
+		case <-a.release.due():
+			a.holding = false
+			a.reconciler.Hold(false)
+			a.config.Log.Info("manifests mended, what they do not name is removed")
+			a.write()
+		case <-a.applyRetry.due():
+			a.write()
+		case <-a.attachRetry.due():
+			a.attach()
+		}
+	}
+}
+
+// resolve resolves Services anew.
+func (a *agent) resolve(names []source.Name) {
+	for _, name := range names {
+		service, endpoints := a.objects.Service(name)
+		change := a.table.Update(resolve.Name(name), service, endpoints)
+		a.reconciler.Set(change.Changed, change.Removed)
+	}
+	a.lastChange = time.Now()
+}
+
+// write brings what is different into the maps.
+func (a *agent) write() {
+	err := a.reconciler.Apply()
+	if err == nil {
+		if a.apply.LastError != "" {
+			a.config.Log.Info("maps written again")
+		}
+		a.apply.LastError, a.apply.LastApply = "", time.Now()
+		a.applyRetry.done()
+		return
+	}
+	a.apply.Failures++
+	if text := err.Error(); text != a.apply.LastError { // once, however often it is tried
+		a.config.Log.Error("maps not written, tried again", "error", err)
+		a.apply.LastError = text
+	}
+	a.applyRetry.failed()
+}
+
+// attach gives programs to the devices that are to have them, and takes them from all others.
+func (a *agent) attach() {
+	attach, uncovered := node.Select(a.host, a.config.Devices)
+	devices := make([]loader.Device, 0, len(attach))
+	for _, d := range attach {
+		role := loader.Node
+		if d.Role == node.RolePod {
+			role = loader.Pod
+		}
+		devices = append(devices, loader.Device{Index: d.Index, Name: d.Name, Role: role, LinkHeader: d.LinkHeader})
+	}
+	err := a.programs.Set(devices)
+	a.tellDevices(a.programs.Attached(), uncovered)
+	if err == nil {
+		if a.attachError != "" {
+			a.config.Log.Info("programs attached again")
+		}
+		a.attachError = ""
+		a.attachRetry.done()
+		return
+	}
+	if text := err.Error(); text != a.attachError {
+		a.config.Log.Error("programs not attached, tried again", "error", err)
+		a.attachError = text
+	}
+	a.attachRetry.failed()
+}
+
+// tellDevices logs what is different about the devices.
+func (a *agent) tellDevices(attached []loader.Attached, uncovered []node.Uncovered) {
+	log := a.config.Log
+	for _, p := range attached {
+		if !slices.Contains(a.attached, p) {
+			log.Info("program attached", "device", p.Device, "program", p.Program, "method", p.Method)
+		}
+	}
+	for _, p := range a.attached {
+		if !slices.Contains(attached, p) {
+			log.Info("program detached", "device", p.Device, "program", p.Program)
+		}
+	}
+	for _, u := range uncovered {
+		if !slices.Contains(a.uncovered, u) {
+			log.Warn("device without programs", "device", u.Name, "reason", u.Reason)
+		}
+	}
+	a.attached, a.uncovered = attached, uncovered
+}

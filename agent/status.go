@@ -1,0 +1,83 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package agent
+
+import (
+	"context"
+	"log/slog"
+	"maps"
+	"os"
+	"slices"
+
+	"github.com/lbagent/lbagent/api"
+	"github.com/lbagent/lbagent/lb"
+	"github.com/lbagent/lbagent/loader"
+)
+
+// publish puts up what status answers with, and logs what is new of it.
+func (a *agent) publish() {
+	problems := a.table.Problems()
+	for i := range problems {
+		problems[i].File, problems[i].Document = a.folder.FileOf(problems[i].Object)
+	}
+	a.problems.tell(a.config.Log, problems)
+
+	a.apply.Pending = a.reconciler.Stats().Pending
+	apply, features := a.apply, a.programs.Features()
+	s := api.Status{
+		Running: true, Version: Version(), PID: os.Getpid(), Started: a.started, NodeName: a.config.NodeName,
+		Source: &api.Source{Path: a.config.Manifests, Synced: a.synced, Held: a.holding, LastChange: a.lastChange},
+		Apply:  &apply,
+
+		Programs: append([]loader.Attached{}, a.attached...), Uncovered: []api.Uncovered{}, AttachError: a.attachError,
+		Problems: api.ProblemsOf(append(problems, a.folder.Problems()...)),
+		Features: &features,
+	}
+	if a.holding {
+		s.Source.HeldFiles = a.folder.Held()
+	}
+	for _, u := range a.uncovered {
+		s.Uncovered = append(s.Uncovered, api.Uncovered{Device: u.Name, Index: u.Index, Reason: u.Reason})
+	}
+	a.page.Store(&s)
+}
+
+// status answers the admin socket, from any goroutine: the page that was put up last, and what the maps say
+// right now.
+func (a *agent) status() (api.Status, error) {
+	s := *a.page.Load()
+	return s, s.FillFromMaps(a.maps)
+}
+
+// problemLog knows which problems were logged. Those of the folder itself are logged by package manifest.
+type problemLog struct {
+	told map[lb.Problem]bool
+}
+
+// tell logs each problem once, and when it is no more.
+func (l *problemLog) tell(log *slog.Logger, problems []lb.Problem) {
+	told := map[lb.Problem]bool{}
+	for _, p := range problems {
+		told[p] = true
+		if !l.told[p] {
+			log.Log(context.Background(), levelOf(p.Severity), "service problem", "problem", p)
+		}
+	}
+	gone := slices.SortedFunc(maps.Keys(l.told), lb.Problem.Compare)
+	for _, p := range gone {
+		if !told[p] {
+			log.Info("service problem is gone", "problem", p)
+		}
+	}
+	l.told = told
+}
+
+func levelOf(s lb.Severity) slog.Level {
+	switch s {
+	case lb.Error:
+		return slog.LevelError
+	case lb.Warning:
+		return slog.LevelWarn
+	}
+	return slog.LevelInfo
+}

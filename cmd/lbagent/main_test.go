@@ -1,0 +1,251 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"flag"
+	"fmt"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/rogpeppe/go-internal/testscript"
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+
+	"github.com/lbagent/lbagent/internal/testenv"
+	"github.com/lbagent/lbagent/lb"
+	"github.com/lbagent/lbagent/loader"
+	"github.com/lbagent/lbagent/maps"
+)
+
+var update = flag.Bool("update", false, "write the expected output in testdata anew")
+
+func TestMain(m *testing.M) {
+	const apart = "LBAGENT_TEST_APART"
+	asCommand := filepath.Base(os.Args[0]) == "lbagent"
+	if os.Geteuid() == 0 && os.Getenv(apart) == "" && !asCommand {
+		// Again in a network namespace of its own: `cleanup` takes filters from every device that it sees.
+		runtime.LockOSThread() // Pdeathsig is that of the thread
+		cmd := exec.Command("/proc/self/exe", os.Args[1:]...)
+		cmd.Env = append(os.Environ(), apart+"=1")
+		cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
+		cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNET, Pdeathsig: unix.SIGKILL}
+		if err := cmd.Run(); err != nil {
+			fmt.Fprintln(os.Stderr, "tests in a network namespace of their own:", err)
+			os.Exit(1)
+		}
+		os.Exit(0)
+	}
+	testscript.Main(m, map[string]func(){"lbagent": main})
+}
+
+// TestScripts runs command lines against maps in a folder of the script's own, $ROOT, which the command
+// `fill` makes.
+func TestScripts(t *testing.T) {
+	testenv.RequireRoot(t)
+	testscript.Run(t, testscript.Params{
+		Dir:           "testdata",
+		UpdateScripts: *update,
+		Setup: func(e *testscript.Env) error {
+			bpffs := filepath.Join(e.WorkDir, "bpf")
+			if err := os.Mkdir(bpffs, 0o700); err != nil {
+				return err
+			}
+			if err := unix.Mount("bpf", bpffs, "bpf", 0, ""); err != nil {
+				return err
+			}
+			e.Defer(func() {
+				if err := unix.Unmount(bpffs, 0); err != nil {
+					t.Error("unmount bpffs:", err)
+				}
+			})
+			e.Setenv("ROOT", filepath.Join(bpffs, "lbagent"))
+			e.Setenv("SOCKET", filepath.Join(e.WorkDir, "lbagent.sock"))
+			return nil
+		},
+		Cmds: map[string]func(*testscript.TestScript, bool, []string){
+			"fill": func(ts *testscript.TestScript, _ bool, _ []string) {
+				ts.Check(fill(filepath.Join(ts.Getenv("ROOT"), "maps")))
+			},
+		},
+	})
+}
+
+// fill pins maps with three services, and flows of 90 s ago.
+func fill(dir string) error {
+	m, err := maps.Open(dir, maps.Sizes{Frontends: 64, Services: 16, Slots: 128, Backends: 32, Flows: 256})
+	if err != nil {
+		return err
+	}
+	defer m.Close()
+	addr := netip.MustParseAddr
+	web4 := lb.ServiceName{Namespace: "default", Name: "web", Port: "http", Protocol: lb.TCP, Family: lb.IPv4}
+	web6 := web4
+	web6.Family = lb.IPv6
+	dns := lb.ServiceName{Namespace: "kube-system", Name: "dns", Protocol: lb.UDP, Family: lb.IPv4}
+	for id, name := range map[uint32]lb.ServiceName{1: web4, 2: web6, 3: dns} {
+		n, err := maps.NameOf(name)
+		if err != nil {
+			return err
+		}
+		if err := m.SetServiceName(id, n); err != nil {
+			return err
+		}
+	}
+	for id, vip := range map[uint32]lb.VIP{
+		1: {Addr: addr("10.96.0.10"), Port: 80, Protocol: lb.TCP},
+		2: {Addr: addr("fd00:96::10"), Port: 80, Protocol: lb.TCP},
+		3: {Addr: addr("10.96.0.53"), Port: 53, Protocol: lb.UDP},
+	} {
+		if err := m.SetFrontend(maps.KeyOf(vip), maps.FrontendOf(id, lb.ClusterIP)); err != nil {
+			return err
+		}
+	}
+	for id, b := range map[uint32]struct {
+		service uint32
+		address string
+		state   maps.BackendState
+	}{
+		1: {1, "10.244.0.1", maps.BackendActive}, 2: {1, "10.244.0.2", maps.BackendDraining},
+		3: {1, "10.244.0.3", maps.BackendRemoved}, 4: {2, "fd00:244::1", maps.BackendActive},
+	} {
+		err := m.SetBackend(id, maps.Backend{
+			Address: addr(b.address).As16(), Service: b.service,
+			Life: maps.BackendLife{Generation: 10 + id, State: b.state, Port: 8080},
+		})
+		if err != nil {
+			return err
+		}
+	}
+	if err := m.SetSlots(1, []uint32{1}); err != nil {
+		return err
+	}
+	if err := m.SetServiceCluster(1, maps.SlotRange{First: 1, Count: 1}); err != nil {
+		return err
+	}
+
+	now, err := maps.Now()
+	if err != nil {
+		return err
+	}
+	pair := func(client, vip, backend string, p lb.Protocol, state uint8, id uint32) error {
+		t := tuple(client, vip, p)
+		to := tuple(client, backend, p)
+		forward := maps.Flow{To: to, Hook: 1, Role: 1, State: state, Backend: id, Packets: 10, Bytes: 1000, LastSeenNs: now - uint64(90*time.Second)}
+		reply := maps.Flow{To: inverse(t), Hook: 2, Role: 2, State: state, Backend: id, Packets: 9, Bytes: 9000, LastSeenNs: forward.LastSeenNs}
+		flows := m.All()["flows"]
+		if err := flows.Put(t, forward); err != nil {
+			return err
+		}
+		return flows.Put(inverse(to), reply)
+	}
+	for _, f := range []struct {
+		client, vip, backend string
+		p                    lb.Protocol
+		state                uint8
+		id                   uint32
+	}{
+		{"192.0.2.2:40000", "10.96.0.10:80", "10.244.0.1:8080", lb.TCP, maps.FlowAnswered, 1},
+		{"192.0.2.2:40001", "10.96.0.10:80", "10.244.0.3:8080", lb.TCP, maps.FlowAnswered | maps.FlowClientFIN, 3},
+		{"192.0.2.2:40002", "10.96.0.10:80", "10.244.0.1:8080", lb.TCP, 0, 1},                                                            // expired: no answer in 60 s
+		{"192.0.2.2:40003", "10.96.0.10:80", "10.244.0.1:8080", lb.TCP, maps.FlowAnswered | maps.FlowRST, 1},                             // expired
+		{"[fd00:c::2]:40000", "[fd00:96::10]:80", "[fd00:244::1]:8080", lb.TCP, maps.FlowAnswered, 4},                                    //
+		{"192.0.2.2:50000", "10.96.0.53:53", "10.244.0.9:53", lb.UDP, maps.FlowAnswered, 9},                                              //
+		{"192.0.2.2:50001", "10.96.0.53:53", "10.244.0.9:53", lb.UDP, 0, 9},                                                              // expired
+		{"192.0.2.2:50002", "10.96.0.99:53", "10.244.0.9:53", lb.UDP, maps.FlowAnswered, 9},                                              // of no service any more
+		{"192.0.2.2:40004", "10.96.0.99:80", "10.244.0.2:8080", lb.TCP, maps.FlowAnswered, 2},                                            // its VIP went, its backend drains
+		{"192.0.2.2:40005", "10.96.0.10:80", "10.244.0.1:8080", lb.TCP, maps.FlowAnswered | maps.FlowClientFIN | maps.FlowBackendFIN, 1}, // expired
+	} {
+		if err := pair(f.client, f.vip, f.backend, f.p, f.state, f.id); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func tuple(from, to string, p lb.Protocol) maps.Tuple {
+	source, destination := netip.MustParseAddrPort(from), netip.MustParseAddrPort(to)
+	t := maps.Tuple{
+		Source: source.Addr().As16(), Destination: destination.Addr().As16(),
+		SourcePort: source.Port(), DestinationPort: destination.Port(),
+	}
+	t.Protocol = maps.KeyOf(lb.VIP{Addr: destination.Addr(), Protocol: p}).Protocol
+	return t
+}
+
+// TestFlowKeys holds the keys of `flow list -o json`, the age of which no script can hold.
+func TestFlowKeys(t *testing.T) {
+	f := flow{
+		Client: netip.MustParseAddrPort("192.0.2.2:40000"), VIP: netip.MustParseAddrPort("[fd00::1]:80"),
+		Backend: netip.MustParseAddrPort("10.244.0.1:8080"), Protocol: "TCP", State: "new", Age: 1.5,
+		Service: &serviceName{"default", "web", "http", "TCP", "IPv4"}, Forward: traffic{1, 2}, Reply: traffic{3, 4},
+	}
+	got, err := json.Marshal(f)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := `{"client":"192.0.2.2:40000","vip":"[fd00::1]:80","backend":"10.244.0.1:8080","protocol":"TCP",` +
+		`"service":{"namespace":"default","name":"web","port":"http","protocol":"TCP","family":"IPv4"},` +
+		`"state":"new","ageSeconds":1.5,"forward":{"packets":1,"bytes":2},"reply":{"packets":3,"bytes":4}}`
+	if diff := cmp.Diff(want, string(got)); diff != "" {
+		t.Error(diff)
+	}
+}
+
+// TestPhase holds what flow_timeout_ns of bpf/flow.h says, a row to a line of it.
+func TestPhase(t *testing.T) {
+	timeouts := loader.DefaultTimeouts()
+	both := maps.FlowClientFIN | maps.FlowBackendFIN
+	for _, c := range []struct {
+		state    uint8
+		protocol lb.Protocol
+		want     string
+		timeout  time.Duration
+	}{
+		{0, lb.TCP, "new", timeouts.TCPNew},
+		{maps.FlowAnswered, lb.TCP, "established", timeouts.TCPEstablished},
+		{maps.FlowAnswered | maps.FlowClientFIN, lb.TCP, "half-closed", timeouts.TCPHalfClosed},
+		{maps.FlowAnswered | maps.FlowBackendFIN, lb.TCP, "half-closed", timeouts.TCPHalfClosed},
+		{maps.FlowAnswered | both, lb.TCP, "closed", timeouts.TCPClosed},
+		{both, lb.TCP, "new", timeouts.TCPNew},
+		{maps.FlowAnswered | both | maps.FlowRST, lb.TCP, "reset", timeouts.Reset},
+		{0, lb.UDP, "new", timeouts.UDPNew},
+		{maps.FlowAnswered, lb.UDP, "answered", timeouts.UDP},
+		{maps.FlowRST, lb.UDP, "reset", timeouts.Reset},
+	} {
+		if state, timeout := phase(c.state, c.protocol, timeouts); state != c.want || timeout != c.timeout {
+			t.Errorf("%s in state %d: %s, %v; want %s, %v", c.protocol, c.state, state, timeout, c.want, c.timeout)
+		}
+	}
+}
+
+// TestHelp: every command says what it does, and every verb shows how it is used.
+func TestHelp(t *testing.T) {
+	var walk func(*cobra.Command)
+	walk = func(cmd *cobra.Command) {
+		if cmd.Short == "" {
+			t.Errorf("%s: says nothing of itself", cmd.CommandPath())
+		}
+		if !cmd.HasSubCommands() && (cmd.Long == "" || cmd.Example == "") {
+			t.Errorf("%s: no description or no example", cmd.CommandPath())
+		}
+		for _, c := range cmd.Commands() {
+			walk(c)
+		}
+	}
+	walk(newRoot())
+	var out strings.Builder
+	if code := execute(context.Background(), []string{"--help"}, &out, &out); code != exitDone {
+		t.Errorf("--help exits %d", code)
+	}
+}
