@@ -473,3 +473,37 @@ func TestDevices(t *testing.T) {
 	}
 	agent.terminate()
 }
+
+// TestFull: what has no room is named and tried again, all else is served, and room that comes is used.
+func TestFull(t *testing.T) {
+	s := newSite(t)
+	s.config.Sizes.Backends = 8 // the first is none
+	s.write("web.yaml", s.manifest("web", 10, 3))
+	agent := s.start(s.config)
+	s.settled(6)
+	s.write("shop.yaml", s.manifest("shop", 11, 1)) // one of its two families has room
+	status := s.eventually(func(status api.Status) string {
+		if status.Apply.Failures < 3 {
+			return "not tried again"
+		}
+		return ""
+	})
+	if a := status.Apply; !strings.Contains(a.LastError, "default/shop") || a.Pending == 0 {
+		t.Errorf("apply %+v", a)
+	}
+	if n := strings.Count(agent.log.String(), "maps not written"); n != 1 {
+		t.Errorf("the failure is logged %d times", n)
+	}
+	s.request(10)
+	s.write("web.yaml", s.manifest("web", 10, 1))
+	status = s.eventually(func(status api.Status) string {
+		if status.Apply.LastError != "" || status.Apply.Pending > 0 {
+			return "still failing"
+		}
+		return ""
+	})
+	s.settled(4)
+	s.request(10)
+	s.request(11)
+	agent.terminate()
+}

@@ -76,6 +76,8 @@ func (a *agent) run(ctx context.Context) error {
 			if !a.synced { // the first names are all there are
 				a.synced = true
 				a.attach()
+				stats := a.reconciler.Stats()
+				a.config.Log.Info("ready", "services", stats.Services, "backends", stats.Backends, "programs", len(a.attached))
 			}
 		case a.host = <-a.hosts:
 			if a.synced {

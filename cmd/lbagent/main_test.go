@@ -54,7 +54,7 @@ func TestMain(m *testing.M) {
 func TestScripts(t *testing.T) {
 	testenv.RequireRoot(t)
 	testscript.Run(t, testscript.Params{
-		Dir:           "testdata",
+		Dir:           "testdata/script",
 		UpdateScripts: *update,
 		Setup: func(e *testscript.Env) error {
 			bpffs := filepath.Join(e.WorkDir, "bpf")
