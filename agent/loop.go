@@ -18,9 +18,8 @@ import (
 	"github.com/lbagent/lbagent/source/manifest"
 )
 
-// releaseDelay is how long the last file must have been mended before what was held for its sake is let go:
-// its objects arrive in this process only after the folder has said that it is good.
-const releaseDelay = time.Second
+// releaseDelay is how often to look whether the objects of mended files have arrived.
+const releaseDelay = 100 * time.Millisecond
 
 // agent is what is between the stages. All of it belongs to the goroutine of run, but for `page` and what
 // [agent.status] says it reads.
@@ -85,10 +84,7 @@ func (a *agent) run(ctx context.Context) error {
 			}
 		case <-changed: // problems or what is held
 		case <-a.release.due():
-			a.holding = false
-			a.reconciler.Hold(false)
-			a.config.Log.Info("manifests mended, what they do not name is removed")
-			a.write()
+			a.letGo()
 		case <-a.applyRetry.due():
 			a.write()
 		case <-a.attachRetry.due():
@@ -105,6 +101,25 @@ func (a *agent) resolve(names []source.Name) {
 		a.reconciler.Set(change.Changed, change.Removed)
 	}
 	a.lastChange = time.Now()
+}
+
+// letGo ends the holding, once everything that the mended files name is in the table: it comes some moments
+// after the folder says that they are good, and what is let go before would go, and then be made anew.
+func (a *agent) letGo() {
+	a.release.stop()
+	names, current, err := a.objects.Current()
+	if err != nil {
+		a.config.Log.Error("objects not listed, tried again", "error", err)
+	}
+	if !current || !a.synced {
+		a.release.after(releaseDelay)
+		return
+	}
+	a.resolve(names)
+	a.holding = false
+	a.reconciler.Hold(false)
+	a.config.Log.Info("manifests mended, nothing is held")
+	a.write()
 }
 
 // write brings what is different into the maps.

@@ -48,7 +48,7 @@ const byService = "service"
 
 // Objects is all that the watches have delivered. What it returns must not be written to.
 type Objects struct {
-	node          string
+	watches       Watches
 	services      cache.SharedIndexInformer
 	slices        cache.SharedIndexInformer
 	nodes         cache.SharedIndexInformer
@@ -64,7 +64,7 @@ type Objects struct {
 
 // New makes Objects that [Objects.Run] fills.
 func New(w Watches) (*Objects, error) {
-	o := &Objects{node: w.Node, changed: make(chan struct{}, 1), dirty: map[Name]struct{}{}}
+	o := &Objects{watches: w, changed: make(chan struct{}, 1), dirty: map[Name]struct{}{}}
 	index := cache.Indexers{byService: func(obj any) ([]string, error) {
 		return []string{serviceOf(obj.(*discoveryv1.EndpointSlice)).String()}, nil
 	}}
@@ -81,7 +81,7 @@ func New(w Watches) (*Objects, error) {
 		}},
 		{o.slices, func(obj any) []Name { return []Name{serviceOf(obj.(*discoveryv1.EndpointSlice))} }},
 		{o.nodes, func(obj any) []Name {
-			if obj.(*corev1.Node).Name != o.node {
+			if obj.(*corev1.Node).Name != o.watches.Node {
 				return nil
 			}
 			return o.names()
