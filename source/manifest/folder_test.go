@@ -18,7 +18,6 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/watch"
-	"k8s.io/client-go/tools/cache"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -52,7 +51,7 @@ func follow(t *testing.T, dir string) *fixture {
 // ports is the Services in force with their ports: "a:80 web:81".
 func (f *fixture) ports() string {
 	f.t.Helper()
-	list, err := f.Services().List(metav1.ListOptions{})
+	list, err := f.set.stores.kinds[service].List(metav1.ListOptions{})
 	if err != nil {
 		f.t.Fatal(err)
 	}
@@ -95,7 +94,7 @@ func await(t *testing.T, want string, got func() string) {
 }
 
 // events collects the events of a watch from now on.
-func (f *fixture) events(lw cache.ListerWatcher) <-chan watch.Event {
+func (f *fixture) events(lw *store) <-chan watch.Event {
 	f.t.Helper()
 	list, err := lw.List(metav1.ListOptions{})
 	if err != nil {
@@ -286,7 +285,7 @@ func TestConfigMap(t *testing.T) {
 	swap("4", map[string]string{"web.yaml": svc("web", 82), "b.yaml": svc("b", 1)})
 	f.await("b:1 web:82")
 	// The objects move to other files, and one file goes: no object may seem to be gone meanwhile.
-	events := f.events(f.Services())
+	events := f.events(f.set.stores.kinds[service])
 	swap("5", map[string]string{"web.yaml": svc("b", 2) + "---\n" + svc("c", 3), "c.yaml": svc("web", 82)})
 	f.await("b:2 c:3 web:82")
 	if got := []string{next(t, events), next(t, events)}; !slices.Equal(got, []string{"MODIFIED b", "ADDED c"}) {
@@ -324,7 +323,7 @@ func TestEditors(t *testing.T) {
 			file := filepath.Join(dir, "web.yaml")
 			write(t, file, svc("web", 80))
 			f := follow(t, dir)
-			events := f.events(f.Services())
+			events := f.events(f.set.stores.kinds[service])
 			way(t, file, svc("web", 8081))
 			f.await("web:8081")
 			if got := next(t, events); got != "MODIFIED web" || len(events) > 0 {
@@ -338,7 +337,7 @@ func TestEditors(t *testing.T) {
 func TestWrittenInPieces(t *testing.T) {
 	dir := t.TempDir()
 	f := follow(t, dir)
-	events := f.events(f.Services())
+	events := f.events(f.set.stores.kinds[service])
 	text := svc("a", 80) + "---\n" + svc("b", 80) + "---\n" + svc("c", 8080)
 	file, err := os.Create(filepath.Join(dir, "web.yaml"))
 	must(t, err)
@@ -375,12 +374,12 @@ func TestOneOfManyChanges(t *testing.T) {
 		write(t, filepath.Join(dir, fmt.Sprintf("%02d.yaml", i)), text(i, 80))
 	}
 	f := follow(t, dir)
-	list, err := f.Services().List(metav1.ListOptions{})
+	list, err := f.set.stores.kinds[service].List(metav1.ListOptions{})
 	must(t, err)
 	if n := len(list.(*corev1.List).Items); n != 1000 {
 		t.Fatalf("%d Services, want 1000", n)
 	}
-	events := f.events(f.Services())
+	events := f.events(f.set.stores.kinds[service])
 	write(t, filepath.Join(dir, "42.yaml"), strings.Replace(text(42, 80), "port: 83", "port: 9999", 1))
 	e := <-events
 	if got := e.Object.(*corev1.Service); e.Type != watch.Modified || got.Name != "s423" || got.Spec.Ports[0].Port != 9999 {
