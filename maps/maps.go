@@ -174,7 +174,7 @@ func Open(dir string, sizes Sizes) (*Maps, error) {
 }
 
 // Read opens the maps pinned in `dir` to read them, also while an agent runs. The result must not be written
-// through. Returns ErrNotPinned if there are none.
+// through. Returns ErrNotPinned if there are none, or not yet all: an agent that starts makes one after another.
 func Read(dir string) (*Maps, error) {
 	if _, err := os.Stat(filepath.Join(dir, "record")); errors.Is(err, fs.ErrNotExist) {
 		return nil, fmt.Errorf("%w in %s: no agent has run with it", ErrNotPinned, dir)
@@ -187,6 +187,10 @@ func Read(dir string) (*Maps, error) {
 		var err error
 		// Not ReadOnly: the kernel maps no read-only map file into memory.
 		*p, err = ebpf.LoadPinnedMap(filepath.Join(dir, name), nil)
+		if errors.Is(err, fs.ErrNotExist) {
+			m.Close()
+			return nil, fmt.Errorf("%w in %s: %s is missing, as while the first agent starts", ErrNotPinned, dir, name)
+		}
 		if err != nil {
 			m.Close()
 			return nil, fmt.Errorf("open pinned map %s: %w", name, err)
