@@ -84,7 +84,7 @@ func (a *agent) run(ctx context.Context) error {
 			}
 		case <-changed: // problems or what is held
 		case <-a.release.due():
-			a.letGo()
+			a.letGo(ctx)
 		case <-a.applyRetry.due():
 			a.write()
 		case <-a.attachRetry.due():
@@ -105,9 +105,9 @@ func (a *agent) resolve(names []source.Name) {
 
 // letGo ends the holding, once everything that the mended files name is in the table: it comes some moments
 // after the folder says that they are good, and what is let go before would go, and then be made anew.
-func (a *agent) letGo() {
+func (a *agent) letGo(ctx context.Context) {
 	a.release.stop()
-	names, current, err := a.objects.Current()
+	names, current, err := a.objects.Current(ctx)
 	if err != nil {
 		a.config.Log.Error("objects not listed, tried again", "error", err)
 	}

@@ -3,6 +3,7 @@
 package source
 
 import (
+	"context"
 	"fmt"
 
 	"k8s.io/apimachinery/pkg/api/meta"
@@ -14,12 +15,12 @@ import (
 // Current lists all objects once more, and reports whether Service and Node answer with just those: changes
 // take a moment from a watch to here. If so it returns the names of all Services, those too that Next
 // has still to return.
-func (o *Objects) Current() (names []Name, current bool, err error) {
+func (o *Objects) Current(ctx context.Context) (names []Name, current bool, err error) {
 	for _, kind := range []struct {
 		watch    cache.ListerWatcher
 		informer cache.SharedIndexInformer
 	}{{o.watches.Services, o.services}, {o.watches.EndpointSlices, o.slices}, {o.watches.Nodes, o.nodes}} {
-		list, err := kind.watch.List(metav1.ListOptions{})
+		list, err := cache.ToListerWatcherWithContext(kind.watch).ListWithContext(ctx, metav1.ListOptions{})
 		if err != nil {
 			return nil, false, fmt.Errorf("list the objects once more: %w", err)
 		}

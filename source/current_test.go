@@ -16,7 +16,7 @@ func TestCurrent(t *testing.T) {
 	}, func(w *world) {
 		expect := func(want ...Name) {
 			t.Helper()
-			names, current, err := w.objects.Current()
+			names, current, err := w.objects.Current(t.Context())
 			if err != nil || current != (want != nil) || current && !cmp.Equal(names, want) {
 				t.Errorf("Current() = %v, %v, %v; want %v", names, current, err, want)
 			}
@@ -33,7 +33,7 @@ func TestCurrent(t *testing.T) {
 		w.mute(w.slices, func() { w.slices.remove("default/a-1") })
 		expect()
 		w.nodes.refuse = true
-		if _, current, err := w.objects.Current(); current || err != nil {
+		if _, current, err := w.objects.Current(t.Context()); current || err != nil {
 			t.Errorf("%v, %v: the slices are not current, the nodes are not asked", current, err)
 		}
 	})
