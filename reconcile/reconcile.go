@@ -50,7 +50,7 @@ type Reconciler struct {
 // late is what has to wait until no program can still use what it read before the switch of this Apply.
 type late struct {
 	ranges   []maps.SlotRange      // to be freed
-	services map[*service]struct{} // whose backends are to get the state that is desired, or which are to end
+	services map[*service]struct{} // whose backends are to get their states, or which are to end
 	bumps    map[uint32]struct{}   // backends whose flows are to look again
 }
 
@@ -85,7 +85,7 @@ type endpoint struct {
 type Stats struct {
 	Services  int
 	Frontends int // with the entries that mark an address as a ClusterIP
-	Backends  int // active and draining ones
+	Backends  int // active and draining ones, and those still to be removed
 	Pending   int // services and backends that are not yet as desired
 }
 
@@ -521,10 +521,7 @@ func (r *Reconciler) deleteFrontends(name lb.ServiceName) error {
 		case owned && stays: // its new owner could not take it yet, and will overwrite it when it can
 		case !owned && r.frontends[vip].kept:
 		default:
-			gone = append(gone, vip)
-			if owned { // who may be waiting for nothing but our ids
-				r.dirty[owner] = struct{}{}
-			}
+			gone = append(gone, vip) // even an owned one: its owner may lack just the ids that end here
 		}
 	}
 	slices.SortFunc(gone, lb.VIP.Compare)

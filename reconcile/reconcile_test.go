@@ -88,13 +88,18 @@ default/web:http/TCP IPv4
 `
 
 // The agent dies before each write in turn: what a packet meets is checked there by the rig. The agent that
-// follows brings everything to what is desired, also where that is what it was before.
+// follows brings everything to what is desired, also where that is what it was before, and makes flows look
+// again that the one before owed it to.
 func TestDiesAtAnyWrite(t *testing.T) {
 	for _, next := range []string{before, after} {
 		for at, died := 0, true; died; at++ {
 			g := testRig(t, small)
 			g.desire(mustParse(t, before))
 			g.mustApply(t)
+			was, err := read(g.m)
+			if err != nil {
+				t.Fatal(err)
+			}
 			g.desire(mustParse(t, after))
 			left := at
 			g.fault = func(string) error {
@@ -123,6 +128,15 @@ func TestDiesAtAnyWrite(t *testing.T) {
 			g.desire(desired)
 			g.mustApply(t)
 			g.wantDump(t, desired)
+			is, err := read(g.m)
+			if err != nil {
+				t.Fatal(err)
+			}
+			for id, b := range was.backends {
+				if b.Addr().Addr() != netip.MustParseAddr("10.0.3.1") && is.backends[id].Life.Generation == b.Life.Generation {
+					t.Errorf("died at write %d: flows of %s do not look again", at, b.Addr())
+				}
+			}
 			if !died && at < 10 {
 				t.Errorf("died at no more than %d writes", at)
 			}
@@ -325,9 +339,9 @@ func TestDamagedMaps(t *testing.T) {
 
 // The whole against a model: random services come, change and go, writes fail, agents die, restart and hold.
 func TestRandom(t *testing.T) {
-	rounds, steps := 20, 50
+	rounds, steps := 10, 40
 	if testing.Short() {
-		rounds = 5
+		rounds = 3
 	}
 	for seed := range uint64(rounds) {
 		t.Run(fmt.Sprint(seed), func(t *testing.T) {
@@ -413,6 +427,53 @@ func TestRandom(t *testing.T) {
 			}
 		})
 	}
+}
+
+// Where there is never room for all, packets meet nothing wrong either, and nothing is lost for ever: once
+// everything went, what fits into new maps fits into these.
+func TestRandomFull(t *testing.T) {
+	sizes := maps.Sizes{Frontends: 14, Services: 5, Slots: 12, Backends: 12, Flows: 16}
+	full := 0
+	for seed := range uint64(5) {
+		rnd := rand.New(rand.NewPCG(seed, 3))
+		g := testRig(t, sizes)
+		failing := true
+		g.fault = func(string) error {
+			if failing && rnd.IntN(20) == 0 {
+				return errFault
+			}
+			return nil
+		}
+		desired := map[lb.ServiceName]lb.Service{}
+		for range 50 {
+			desired = randomChange(rnd, desired)
+			g.desire(desired)
+			if err := g.apply(); err != nil && strings.Contains(err.Error(), "(--max-") {
+				full++
+			}
+		}
+		failing = false
+		g.desire(nil)
+		g.mustApply(t)
+		g.wantDump(t, nil)
+		for {
+			if desired = randomChange(rnd, desired); testFits(t, sizes, desired) {
+				break
+			}
+		}
+		g.desire(desired)
+		g.mustApply(t)
+		g.wantDump(t, desired)
+	}
+	if full < 25 {
+		t.Errorf("there was no room only %d times", full)
+	}
+}
+
+func testFits(t *testing.T, sizes maps.Sizes, desired map[lb.ServiceName]lb.Service) bool {
+	fresh := testRig(t, sizes)
+	fresh.desire(desired)
+	return fresh.apply() == nil
 }
 
 // held is what a restart found, and must stay while it is held.
@@ -551,7 +612,26 @@ func TestUnaffectedServicesAreNotWritten(t *testing.T) {
 	}
 }
 
-// One service too few in the maps must not keep a name that no map can hold from failing alone.
+// The kernel's grace period, and the numbers.
+func TestStats(t *testing.T) {
+	g := testRig(t, small)
+	g.r.grace = maps.Grace
+	g.desire(mustParse(t, before))
+	if got, want := g.r.Stats(), (Stats{Pending: 3}); got != want {
+		t.Errorf("before Apply %+v, want %+v", got, want)
+	}
+	g.mustApply(t)
+	if got, want := g.r.Stats(), (Stats{Services: 3, Frontends: 9, Backends: 6}); got != want {
+		t.Errorf("after Apply %+v, want %+v", got, want)
+	}
+	g.desire(nil)
+	g.mustApply(t)
+	if got, want := g.r.Stats(), (Stats{}); got != want {
+		t.Errorf("in the end %+v, want %+v", got, want)
+	}
+}
+
+// A name that no map can hold fails alone.
 func TestNameTooLong(t *testing.T) {
 	g := testRig(t, small)
 	desired := mustParse(t, before+"default/"+strings.Repeat("x", 64)+"/TCP IPv4\n  frontend 10.96.0.9:80/TCP ClusterIP\n")

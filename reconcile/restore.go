@@ -169,7 +169,8 @@ func (r *restored) readFrontends() error {
 	})
 }
 
-// readRanges restores which slots are taken, and by that which backends new flows choose.
+// readRanges restores which slots are taken, and by that which backends new flows choose. Slots and ids that
+// the agent before let go of are free at once: a new process takes longer to get here than a packet to pass.
 func (r *restored) readRanges() {
 	for id := uint32(1); id < r.sizes.Services; id++ {
 		slots := r.maps.Service(id).Cluster
