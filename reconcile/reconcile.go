@@ -229,12 +229,8 @@ func (r *Reconciler) Apply() error {
 	if !r.hold {
 		r.release()
 	}
-	names := make([]lb.ServiceName, 0, len(r.dirty))
-	for name := range r.dirty {
-		names = append(names, name)
-	}
-	slices.SortFunc(names, lb.ServiceName.Compare)
-	clear(r.dirty)
+	names := sorted(r.dirty, lb.ServiceName.Compare)
+	r.dirty = map[lb.ServiceName]struct{}{} // a map never shrinks, and this one held everything once
 
 	var errs []error
 	failed := func(name lb.ServiceName, err error) bool {
