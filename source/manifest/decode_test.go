@@ -400,6 +400,7 @@ func TestDocuments(t *testing.T) {
 		{"end marker", "f.yaml", n("a") + "\n...\n" + n("b"), "Node a 1, Node b 2"},
 		{"line ends of Windows", "f.yaml", n("a") + "\r\n---\r\n" + n("b") + "\r\n", "Node a 1, Node b 2"},
 		{"byte order mark", "f.yaml", "\ufeff" + n("a"), "Node a 1"},
+		{"byte order mark in JSON", "f.json", "\ufeff" + `{"apiVersion": "v1", "kind": "Node", "metadata": {"name": "a"}}`, "Node a 1"},
 		{"no marker within a scalar", "f.yaml", "apiVersion: v1\nkind: Node\nmetadata:\n  name: a\n  annotations:\n    x: |\n      ---\n      ...\n", "Node a 1"},
 		{"anchors", "f.yaml", "apiVersion: v1\nkind: &k Node\nmetadata: {name: a, labels: {kind: *k}}\n", "Node a 1"},
 		{"list", "f.yaml", "apiVersion: v1\nkind: List\nmetadata: {resourceVersion: ''}\nitems: [" + n("a") + ", " + n("b") + "]\n---\n" + n("c"),

@@ -32,7 +32,12 @@ type fixture struct {
 // follow opens and follows a folder.
 func follow(t *testing.T, dir string) *fixture {
 	t.Helper()
-	f, err := open(dir, slog.New(slog.DiscardHandler), 20*time.Millisecond, time.Hour)
+	return followAndPoll(t, dir, time.Hour)
+}
+
+func followAndPoll(t *testing.T, dir string, poll time.Duration) *fixture {
+	t.Helper()
+	f, err := open(dir, slog.New(slog.DiscardHandler), 20*time.Millisecond, poll)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -451,6 +456,19 @@ func TestFolderGone(t *testing.T) {
 	f.await("web:80")
 	write(t, filepath.Join(dir, "web.yaml"), svc("web", 8081))
 	f.await("web:8081")
+}
+
+// TestPoll: a change that makes no event in the folder is found all the same.
+func TestPoll(t *testing.T) {
+	dir, elsewhere := t.TempDir(), filepath.Join(t.TempDir(), "web")
+	write(t, elsewhere, svc("web", 80))
+	must(t, os.Symlink(elsewhere, filepath.Join(dir, "web.yaml")))
+	f := followAndPoll(t, dir, 50*time.Millisecond)
+	f.await("web:80")
+	write(t, elsewhere, svc("web", 8081))
+	f.await("web:8081")
+	must(t, os.Remove(elsewhere))
+	f.await("web:8081", "web.yaml: cannot be read: no such file or directory")
 }
 
 func TestFileOf(t *testing.T) {

@@ -265,9 +265,6 @@ func validateLoadBalancer(svc *corev1.Service, path *field.Path) (errs field.Err
 	}
 
 	ingress := field.NewPath("status", "loadBalancer", "ingress")
-	if !isLB && len(svc.Status.LoadBalancer.Ingress) > 0 {
-		errs = append(errs, field.Forbidden(ingress, "may only be used when `spec.type` is 'LoadBalancer'"))
-	}
 	for i, in := range svc.Status.LoadBalancer.Ingress {
 		path := ingress.Index(i)
 		if in.IP != "" {
