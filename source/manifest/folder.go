@@ -90,7 +90,7 @@ func (f *Folder) Run(ctx context.Context) error {
 	watcher, err := fsnotify.NewWatcher()
 	if err != nil { // the host may be out of inotify instances
 		f.set.log.Warn("folder of manifests is not watched, only looked at now and then", "interval", f.poll, "error", err)
-		watcher = &fsnotify.Watcher{}
+		watcher = &fsnotify.Watcher{} // its channels are nil: no events
 	} else {
 		defer watcher.Close()
 	}
