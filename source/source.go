@@ -9,6 +9,7 @@ import (
 	"cmp"
 	"context"
 	"fmt"
+	"log/slog"
 	"maps"
 	"slices"
 	"sync"
@@ -19,6 +20,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/client-go/tools/cache"
+	"k8s.io/klog/v2"
 )
 
 // Name is the name of a Service.
@@ -42,6 +44,9 @@ type Watches struct {
 	// Node is the name of this node. When its object changes, every Service is dirty.
 	Node string
 }
+
+// LogTo sends what client-go has to say to a log. It knows one for the whole process, so this is main's to call.
+func LogTo(log *slog.Logger) { klog.SetSlogLogger(log) }
 
 // byService is the index of EndpointSlices by the Service that they are of.
 const byService = "service"

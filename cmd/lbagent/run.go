@@ -8,6 +8,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/lbagent/lbagent/agent"
+	"github.com/lbagent/lbagent/source"
 )
 
 func newRun(p *places) *cobra.Command {
@@ -28,6 +29,7 @@ func newRun(p *places) *cobra.Command {
 			if err := c.Validate(); err != nil {
 				return usageError{err}
 			}
+			source.LogTo(c.Log)
 			return agent.Run(cmd.Context(), c)
 		},
 	}
