@@ -11,6 +11,7 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"syscall"
 	"time"
@@ -56,12 +57,35 @@ func (a *agent) start(manifests string, fail func(error)) error {
 	return nil
 }
 
+func (a *agent) command(verb ...string) *exec.Cmd {
+	return command(a.program, append(verb, a.args...)...)
+}
+
 // command makes a command line. Its process has a group of its own: a Ctrl-C is for this process alone, which
 // ends the others in their order.
-func (a *agent) command(verb ...string) *exec.Cmd {
-	cmd := exec.Command(a.program, append(verb, a.args...)...)
+func command(name string, args ...string) *exec.Cmd {
+	cmd := exec.Command(name, args...)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	return cmd
+}
+
+// output runs a command in a namespace to its end and returns what it prints. When ctx ends, it is killed.
+func output(ctx context.Context, n *testenv.Namespace, cmd *exec.Cmd) (string, error) {
+	var stdout, stderr bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &stdout, &stderr
+	p, err := n.Start(cmd)
+	if err != nil {
+		return "", err
+	}
+	select {
+	case <-p.Done():
+	case <-ctx.Done():
+		return "", errors.Join(ctx.Err(), p.Close())
+	}
+	if err := p.Wait(); err != nil {
+		return "", fmt.Errorf("%s: %w: %s", filepath.Base(cmd.Path), err, bytes.TrimSpace(stderr.Bytes()))
+	}
+	return stdout.String(), nil
 }
 
 // kill is kill -9.
@@ -83,6 +107,9 @@ func (a *agent) stop() error {
 	close(a.ended)
 	err := a.process.Stop(5 * time.Second)
 	a.process = nil
+	if exit, ok := errors.AsType[*exec.ExitError](err); ok && exit.Sys().(syscall.WaitStatus).Signal() == syscall.SIGTERM {
+		return nil // it had just been started, and did not yet handle the signal
+	}
 	if err != nil {
 		return fmt.Errorf("stop the agent: %w", err)
 	}
@@ -97,22 +124,11 @@ func (a *agent) logTail() string {
 
 // run runs another verb to its end and returns what it prints.
 func (a *agent) run(ctx context.Context, verb ...string) (string, error) {
-	var stdout, stderr bytes.Buffer
-	cmd := a.command(verb...)
-	cmd.Stdout, cmd.Stderr = &stdout, &stderr
-	p, err := a.node.Start(cmd)
+	text, err := output(ctx, a.node, a.command(verb...))
 	if err != nil {
-		return "", err
+		err = fmt.Errorf("run `lbagent %s`: %w", strings.Join(verb, " "), err)
 	}
-	select {
-	case <-p.Done():
-	case <-ctx.Done():
-		return "", errors.Join(ctx.Err(), p.Close())
-	}
-	if err := p.Wait(); err != nil {
-		return "", fmt.Errorf("lbagent %s: %w: %s", strings.Join(verb, " "), err, bytes.TrimSpace(stderr.Bytes()))
-	}
-	return stdout.String(), nil
+	return text, err
 }
 
 func (a *agent) status(ctx context.Context) (api.Status, error) {

@@ -111,14 +111,14 @@ func tcxPrograms() (programs []string, err error) {
 }
 
 func (d *demo) clsactPrograms(ctx context.Context) (programs []string, err error) {
-	out, err := d.lab.Node.Run(ctx, "", "bpftool", "-j", "net", "show")
+	out, err := output(ctx, d.lab.Node.Namespace, command("bpftool", "-j", "net", "show"))
 	if err != nil {
 		return nil, err
 	}
 	var shown []map[string][]struct {
 		DevName, Kind, Name string
 	}
-	if err := json.Unmarshal(out, &shown); err != nil {
+	if err := json.Unmarshal([]byte(out), &shown); err != nil {
 		return nil, fmt.Errorf("read what bpftool says: %w", err)
 	}
 	for _, hooks := range shown {

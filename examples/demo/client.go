@@ -42,7 +42,7 @@ type keeper struct {
 
 	mu     sync.Mutex
 	server string // who answered last
-	silent bool   // a request failed: no other is made
+	failed bool   // the last request did
 }
 
 // openClient makes the kept connections and sockets, enough of them that each server has some, and then
@@ -144,14 +144,14 @@ func (c *client) keep(ctx context.Context, w way, servers []string, dial func(co
 	return fmt.Errorf("%d connections do not reach all servers: %s: %v", tries, w, have)
 }
 
-// askKept makes a request over a kept connection or socket. It returns false once one has failed: a connection
-// that is broken stays so, and was counted.
+// askKept makes a request over a kept connection or socket. It returns false if no other can be made: a broken
+// connection stays so, and was counted.
 func (c *client) askKept(ctx context.Context, k *keeper) bool {
 	server, ok := c.request(ctx, k.way, k.ask)
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	k.server, k.silent = server, !ok
-	return ok
+	k.server, k.failed = server, !ok
+	return ok || k.way.method == udpKept
 }
 
 // keptAt returns how many kept connections, or sockets, a server answered last.
@@ -159,7 +159,7 @@ func (c *client) keptAt(m method, server string) int {
 	n := 0
 	for _, k := range c.kept {
 		k.mu.Lock()
-		if k.way.method == m && k.server == server && !k.silent {
+		if k.way.method == m && k.server == server && !k.failed {
 			n++
 		}
 		k.mu.Unlock()

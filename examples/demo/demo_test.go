@@ -16,32 +16,32 @@ import (
 	"github.com/lbagent/lbagent/source/manifest"
 )
 
-// output is the screen of a test. A test can wait until a text has come.
-type output struct {
+// transcript is the screen of a test. A test can wait until a text has come.
+type transcript struct {
 	mu   sync.Mutex
 	text bytes.Buffer
 }
 
-func (o *output) Write(p []byte) (int, error) {
+func (o *transcript) Write(p []byte) (int, error) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	return o.text.Write(p)
 }
 
-func (o *output) String() string {
+func (o *transcript) String() string {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	return o.text.String()
 }
 
 // short returns a quick run's config, whose files are the test's own, and its output, logged at the end.
-func short(t *testing.T) (config, *output) {
+func short(t *testing.T) (config, *transcript) {
 	t.Helper()
 	testenv.RequireRoot(t)
 	if err := check(); err != nil {
 		t.Fatal(err)
 	}
-	out := &output{}
+	out := &transcript{}
 	t.Cleanup(func() { t.Log(out) })
 	return config{Step: 300 * time.Millisecond, Rate: 30, Temp: t.TempDir()}, out
 }
@@ -123,7 +123,7 @@ func TestInterrupt(t *testing.T) {
 
 // TestFailure: a request that fails is counted, shown and no success.
 func TestFailure(t *testing.T) {
-	var out output
+	var out transcript
 	l := newLedger(newScreen(&out, false))
 	l.begin("do something")
 	good, bad, late := l.request(way{httpNew, 4}), l.request(way{udpNew, 6}), way{udpKept, 4}

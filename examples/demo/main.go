@@ -98,6 +98,13 @@ func run(ctx context.Context, c config, out io.Writer) error {
 	d := &demo{config: c, screen: newScreen(out, c.Live)}
 	d.ledger = newLedger(d.screen)
 	err := d.play(ctx)
+	if err != nil {
+		// A Ctrl-C is for the processes that were started too, and it may have been seen by its effect on them.
+		select {
+		case <-ctx.Done():
+		case <-time.After(300 * time.Millisecond):
+		}
+	}
 	if ctx.Err() != nil {
 		d.screen.say("interrupted")
 		if err := d.cleanUp(); err != nil {

@@ -282,7 +282,7 @@ func (d *demo) killAgent(ctx context.Context) error {
 		return err
 	}
 	killed := time.Now()
-	if err := d.showCommand(ctx, programsOf, "status"); err != nil {
+	if err := d.showCommand(ctx, func(text string) string { return head(text, 6) }, "status"); err != nil {
 		return err
 	}
 	if err := d.watch(ctx, d.reached(d.inForce()...)); err != nil {
