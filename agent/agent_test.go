@@ -20,6 +20,7 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/vishvananda/netlink"
 	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
 
@@ -100,6 +101,7 @@ func newSite(t *testing.T) *site {
 			t.Error("unmount bpffs:", err)
 		}
 	})
+	s.CheckWhenDone(t) // before the pins go, and with them the programs
 	return s
 }
 
@@ -336,11 +338,17 @@ func TestLife(t *testing.T) {
 	if len(status.Programs) != 8 || len(status.Maps) == 0 {
 		t.Errorf("after SIGTERM: %+v", status)
 	}
+	if err := s.CheckStrict(t.Context()); err != nil {
+		t.Error(err)
+	}
 	if err := s.Node.Do(func() error { _, err := loader.Cleanup(s.config.BPFRoot); return err }); err != nil {
 		t.Fatal(err)
 	}
 	if status = s.pinned(); len(status.Programs) != 0 || len(status.Maps) != 0 {
 		t.Errorf("after cleanup: %+v", status)
+	}
+	if err := s.ResetCounters(t.Context()); err != nil { // VIPs are nobody's from the cleanup on
+		t.Error(err)
 	}
 }
 
@@ -450,7 +458,8 @@ func TestDevices(t *testing.T) {
 		t.Errorf("problem %+v", p)
 	}
 	programs := len(status.Programs)
-	if _, err := s.Node.Run(t.Context(), "", "ip", "link", "add", "vethnew", "type", "veth", "peer", "name", "other"); err != nil {
+	veth := &netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "vethnew"}, PeerName: "other"}
+	if err := s.Node.Do(func() error { return netlink.LinkAdd(veth) }); err != nil {
 		t.Fatal(err)
 	}
 	s.eventually(func(status api.Status) string {
@@ -459,7 +468,7 @@ func TestDevices(t *testing.T) {
 		}
 		return ""
 	})
-	if _, err := s.Node.Run(t.Context(), "", "ip", "link", "del", "vethnew"); err != nil {
+	if err := s.Node.Do(func() error { return netlink.LinkDel(veth) }); err != nil {
 		t.Fatal(err)
 	}
 	s.eventually(func(status api.Status) string {

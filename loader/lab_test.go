@@ -77,6 +77,7 @@ func newLab(t *testing.T, c testenv.Config) *lab {
 	}); err != nil {
 		t.Fatalf("%+v", err)
 	}
+	l.CheckWhenDone(t) // before the programs go
 	return l
 }
 

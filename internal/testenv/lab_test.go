@@ -143,6 +143,7 @@ func TestDirect(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			c.Backends, c.ClientPods = 2, 1
 			l := NewLab(t, c)
+			l.CheckWhenDone(t)
 			for _, b := range l.Backends {
 				serve(t, b)
 			}
@@ -171,6 +172,7 @@ func TestDirect(t *testing.T) {
 
 func TestMasquerade(t *testing.T) {
 	l := NewLab(t, Config{ClientPods: 1, Masquerade: true, MasqueradeTo: "10000-10009"})
+	l.CheckWhenDone(t)
 	serve(t, l.Client)
 	for _, family := range []int{4, 6} {
 		c, err := DialUDP(t.Context(), l.ClientPods[0].Namespace, netip.AddrPort{}, netip.AddrPortFrom(l.Client.Addr(family), 53))
@@ -191,6 +193,7 @@ func TestMasquerade(t *testing.T) {
 // TestRefused: a client pod is nobody's to connect to.
 func TestRefused(t *testing.T) {
 	l := NewLab(t, Config{Backends: 1, ClientPods: 1})
+	l.CheckWhenDone(t)
 	serve(t, l.ClientPods[0])
 	for i, family := range []int{4, 6} {
 		ctx := timeout(t, 200*time.Millisecond)
@@ -211,6 +214,7 @@ func TestRefused(t *testing.T) {
 // TestStrict: each thing that must not be is counted as what it is, once for each packet.
 func TestStrict(t *testing.T) {
 	l := NewLab(t, Config{ClientAddresses: 2, Backends: 1})
+	l.CheckWhenDone(t)
 	serve(t, l.Backends[0])
 	serve(t, l.Node)
 	if err := l.AddVIPs(t.Context(), netip.MustParsePrefix("203.0.114.7/32"), netip.MustParsePrefix("fd00:f::/64")); err != nil {
@@ -311,6 +315,7 @@ func TestReversePath(t *testing.T) {
 		ReversePathLoose:  {true, false},
 	} {
 		l := NewLab(t, Config{Backends: 3, ReversePath: setting, NoRules: true})
+		l.CheckWhenDone(t)
 		seen, err := Capture(l.Backends[1].Namespace, uplink)
 		if err != nil {
 			t.Fatal(err)
@@ -447,6 +452,7 @@ func openLabAsRoot(t *testing.T, c Config) (*Lab, error) {
 func TestCapture(t *testing.T) {
 	for _, offload := range []Offload{OffloadOn, OffloadOff} {
 		l := NewLab(t, Config{Backends: 1, TxChecksum: offload})
+		l.CheckWhenDone(t)
 		serve(t, l.Backends[0])
 		s, err := Capture(l.Client.Namespace, uplink)
 		if err != nil {
@@ -500,6 +506,7 @@ func TestOffloads(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			test.c.Backends = 1
 			l := NewLab(t, test.c)
+			l.CheckWhenDone(t)
 			serve(t, l.Backends[0])
 			s, err := Capture(l.Client.Namespace, uplink)
 			if err != nil {
