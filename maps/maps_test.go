@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -319,5 +320,46 @@ func TestDefaultSizes(t *testing.T) {
 	defer m.Close()
 	if got, want := DefaultSizes(), m.Sizes(); got != want {
 		t.Errorf("DefaultSizes() = %+v, the maps are of %+v", got, want)
+	}
+}
+
+// TestDumpIsReadable: what bpftool prints of each pinned map says what it is, ports as people write them.
+func TestDumpIsReadable(t *testing.T) {
+	if _, err := exec.LookPath("bpftool"); err != nil {
+		t.Skip("bpftool is not installed")
+	}
+	dir := pinDir(t)
+	m, err := Open(dir, small)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer m.Close()
+	name, err := NameOf(lb.ServiceName{Namespace: "default", Name: "web", Port: "http", Protocol: lb.TCP, Family: lb.IPv4})
+	must(t, err)
+	vip := lb.VIP{Addr: netip.MustParseAddr("10.96.0.10"), Port: 80, Protocol: lb.TCP}
+	must(t, m.SetServiceName(1, name), m.SetFrontend(KeyOf(vip), FrontendOf(1, lb.ClusterIP)),
+		m.SetBackend(2, Backend{Address: netip.MustParseAddr("10.244.1.5").As16(), Service: 1,
+			Life: BackendLife{Generation: 3, State: BackendActive, Port: 8080}}),
+		m.SetSlots(1, []uint32{2}), m.SetServiceCluster(1, SlotRange{First: 1, Count: 1}),
+		m.bpf.Flows.Put(Tuple{SourcePort: 40000, DestinationPort: 80, Protocol: 6}, Flow{Hook: 1, Role: 1}))
+	for name, want := range map[string][]string{
+		"frontends":     {`"address": [0,0,0,0,0,0,0,0,0,0,255,255,10,96,0,10`, `"port": 80`, `"protocol": "PROTOCOL_TCP"`, `"kind": "KIND_CLUSTER_IP"`, `"service": 1`},
+		"services":      {`"cluster": {`, `"first": 1`, `"count": 1`},
+		"service_names": {`"namespace": "default"`, `"name": "web"`, `"port": "http"`, `"family": 4`},
+		"slots":         {`"key": 1,`, `"value": 2`},
+		"backends":      {`"generation": 3`, `"state": "BACKEND_ACTIVE"`, `"port": 8080`},
+		"flows":         {`"source_port": 40000`, `"destination_port": 80`, `"hook": "AT_INGRESS"`, `"role": "ROLE_FORWARD"`},
+		"reasons":       {`"cpu": 0`},
+		"record":        {`"layout": `, `"hash_key": [`},
+	} {
+		out, err := exec.Command("bpftool", "map", "dump", "pinned", filepath.Join(dir, name)).CombinedOutput()
+		if err != nil {
+			t.Errorf("dump %s: %v: %s", name, err, out)
+		}
+		for _, w := range want {
+			if !strings.Contains(string(out), w) {
+				t.Errorf("the dump of %s has no %s", name, w)
+			}
+		}
 	}
 }
