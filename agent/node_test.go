@@ -360,42 +360,49 @@ func vanish(t *testing.T, c *testenv.EchoConn) {
 	c.Conn.Close()
 }
 
-// flowTable opens the pinned flow table.
-func (s *site) flowTable() *ebpf.Map {
+// flowTables opens the pinned flow tables.
+func (s *site) flowTables() []*ebpf.Map {
 	s.t.Helper()
-	m, err := ebpf.LoadPinnedMap(filepath.Join(s.config.BPFRoot, "maps", "flows"), nil)
-	if err != nil {
-		s.t.Fatal(err)
+	var tables []*ebpf.Map
+	for _, name := range []string{"flows", "pending"} {
+		m, err := ebpf.LoadPinnedMap(filepath.Join(s.config.BPFRoot, "maps", name), nil)
+		if err != nil {
+			s.t.Fatal(err)
+		}
+		s.t.Cleanup(func() { m.Close() })
+		tables = append(tables, m)
 	}
-	s.t.Cleanup(func() { m.Close() })
-	return m
+	return tables
 }
 
 // ageFlows makes every entry older, as if the clock had been moved ahead.
 func (s *site) ageFlows(by time.Duration) {
 	s.t.Helper()
-	m := s.flowTable()
-	entries := map[maps.Tuple]maps.Flow{}
-	var k maps.Tuple
-	var f maps.Flow
-	for i := m.Iterate(); i.Next(&k, &f); {
-		entries[k] = f
-	}
-	for k, f := range entries {
-		f.LastSeenNs -= uint64(by)
-		if err := m.Put(k, f); err != nil {
-			s.t.Fatal(err)
+	for _, m := range s.flowTables() {
+		entries := map[maps.Tuple]maps.Flow{}
+		var k maps.Tuple
+		var f maps.Flow
+		for i := m.Iterate(); i.Next(&k, &f); {
+			entries[k] = f
+		}
+		for k, f := range entries {
+			f.LastSeenNs -= uint64(by)
+			if err := m.Put(k, f); err != nil {
+				s.t.Fatal(err)
+			}
 		}
 	}
 }
 
 func (s *site) hasFlow(client netip.Addr, port uint16) bool {
 	s.t.Helper()
-	var k maps.Tuple
-	var f maps.Flow
-	for i := s.flowTable().Iterate(); i.Next(&k, &f); {
-		if k.From() == netip.AddrPortFrom(client, port) {
-			return true
+	for _, m := range s.flowTables() {
+		var k maps.Tuple
+		var f maps.Flow
+		for i := m.Iterate(); i.Next(&k, &f); {
+			if k.From() == netip.AddrPortFrom(client, port) {
+				return true
+			}
 		}
 	}
 	return false

@@ -96,7 +96,7 @@ func ProblemsOf(problems []lb.Problem) []Problem {
 // MapsOf counts what is in the maps. Of `flows` it counts the halves, those included that have expired and
 // were not dropped yet; of `slots` those that services refer to.
 func MapsOf(m *maps.Maps) ([]Map, error) {
-	var frontends, services, slots, backends, flows int
+	var frontends, services, slots, backends, flows, pending int
 	err := m.EachFrontend(func(maps.FrontendKey, maps.Frontend) bool { frontends++; return true })
 	if err != nil {
 		return nil, err
@@ -114,12 +114,21 @@ func MapsOf(m *maps.Maps) ([]Map, error) {
 			backends++
 		}
 	}
-	if err := m.EachFlow(func(maps.Tuple, maps.Flow) bool { flows++; return true }); err != nil {
+	err = m.EachFlow(func(_ maps.Tuple, _ maps.Flow, assured bool) bool {
+		if assured {
+			flows++
+		} else {
+			pending++
+		}
+		return true
+	})
+	if err != nil {
 		return nil, err
 	}
 	sizes := m.Sizes()
 	return []Map{
 		{"backends", backends, sizes.Backends}, {"flows", flows, sizes.Flows}, {"frontends", frontends, sizes.Frontends},
+		{"pending", pending, sizes.Flows / 4},
 		{"services", services, sizes.Services}, {"slots", slots, sizes.Slots},
 	}, nil
 }

@@ -15,12 +15,12 @@ const volatile __u64 hash_key[2];
 
 /* Age at which an entry of `flows` is absent. */
 struct flow_timeouts {
-	__u64 tcp_new; /* no answer yet */
+	__u64 tcp_pending; /* the client has not spoken again after an answer */
 	__u64 tcp_established;
 	__u64 tcp_half_closed; /* a FIN from one side */
 	__u64 tcp_closed; /* a FIN from both */
-	__u64 reset;
-	__u64 udp_new; /* no answer yet */
+	__u64 reset; /* an RST, or a reply half whose flow has moved */
+	__u64 udp_pending;
 	__u64 udp;
 };
 const volatile struct flow_timeouts timeouts_ns;

@@ -1,7 +1,11 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
-/* The flow table. A flow is a pair of entries: T -> U at ingress (the forward half) and, at egress,
+/* The flow tables. A flow is a pair of entries: T -> U at ingress (the forward half) and, at egress,
  * inverse(U) -> inverse(T) (the reply half). Each half leads to its twin: the twin's key is the inverse
  * of `to`.
+ *
+ * Lookups, touches and writes of state take no lock. What changes which keys exist, or what a `to` says,
+ * holds the flow's lock, and looks again after taking it: flow_open, flow_assure, flow_restore, flow_sweep.
+ * These rules were model-checked; see docs/datapath.md before changing one.
  */
 #ifndef LBAGENT_FLOW_H
 #define LBAGENT_FLOW_H
@@ -10,6 +14,15 @@
 #include "service.h"
 
 #define SECOND_NS 1000000000ULL
+#define LOCK_SPINS 256
+#define FLOW_CLOSED (FLOW_CLIENT_RST | FLOW_BACKEND_RST | FLOW_MOVED)
+#define REMAP_TRIES 8
+#define REMAP_FIRST 1024 /* ports below are some server's */
+
+enum table {
+	PENDING,
+	FLOWS,
+};
 
 /* The clock of `last_seen_ns`: that of the last tick, some milliseconds late, a third of the price. */
 static __always_inline __u64 clock_now(void)
@@ -19,12 +32,12 @@ static __always_inline __u64 clock_now(void)
 
 static __always_inline void tuple_invert(struct tuple *to, const struct tuple *from)
 {
-	__builtin_memset(to, 0, sizeof(*to));
 	__builtin_memcpy(to->source, from->destination, ADDRESS_LENGTH);
 	__builtin_memcpy(to->destination, from->source, ADDRESS_LENGTH);
 	to->source_port = from->destination_port;
 	to->destination_port = from->source_port;
 	to->protocol = from->protocol;
+	to->pad[0] = to->pad[1] = to->pad[2] = 0;
 }
 
 static __always_inline bool tuple_equal(const struct tuple *a, const struct tuple *b)
@@ -38,34 +51,40 @@ static __always_inline bool tuple_equal(const struct tuple *a, const struct tupl
 	return !difference;
 }
 
-static __always_inline __u64 flow_timeout_ns(const struct flow *flow, enum protocol protocol)
+/* ---- life ---- */
+
+static __always_inline __u64 flow_timeout_ns(const struct flow *flow, enum protocol protocol,
+					     enum table table)
 {
 	const __u8 fins = FLOW_CLIENT_FIN | FLOW_BACKEND_FIN;
 
-	if (flow->state & FLOW_RST)
+	if (flow->state & FLOW_CLOSED)
 		return timeouts_ns.reset;
 	if (protocol == PROTOCOL_UDP)
-		return flow->state & FLOW_ANSWERED ? timeouts_ns.udp : timeouts_ns.udp_new;
-	if (!(flow->state & FLOW_ANSWERED))
-		return timeouts_ns.tcp_new;
+		return table == PENDING ? timeouts_ns.udp_pending : timeouts_ns.udp;
 	if ((flow->state & fins) == fins)
 		return timeouts_ns.tcp_closed;
-	return flow->state & fins ? timeouts_ns.tcp_half_closed : timeouts_ns.tcp_established;
+	if (table == PENDING)
+		return timeouts_ns.tcp_pending;
+	return flow->state ? timeouts_ns.tcp_half_closed : timeouts_ns.tcp_established;
 }
 
-/* flow_lookup returns the living entry of a tuple. One past its timeout is absent although it is there:
- * it would translate a new connection that reuses its ports into an old one. */
-static __always_inline struct flow *flow_lookup(const struct tuple *t, __u64 now)
+static __always_inline bool flow_alive(const struct flow *flow, enum protocol protocol,
+				       enum table table, __u64 now)
 {
-	struct flow *flow = bpf_map_lookup_elem(&flows, t);
-	__s64 age;
+	__s64 age = now - flow->last_seen_ns; /* negative: another CPU's clock was read later */
 
-	if (!flow)
-		return NULL;
-	age = now - flow->last_seen_ns; /* negative: another CPU's clock was read later */
-	if (age > 0 && (__u64)age > flow_timeout_ns(flow, t->protocol))
-		return NULL;
-	return flow;
+	return age <= 0 || (__u64)age <= flow_timeout_ns(flow, protocol, table);
+}
+
+/* flow_lookup returns the living entry of a tuple in a table. One past its timeout is absent although it is
+ * there: it would translate a new connection that reuses its ports into an old one. */
+static __always_inline struct flow *flow_lookup(enum table table, const struct tuple *t, __u64 now)
+{
+	struct flow *flow =
+		table == FLOWS ? bpf_map_lookup_elem(&flows, t) : bpf_map_lookup_elem(&pending, t);
+
+	return flow && flow_alive(flow, t->protocol, table, now) ? flow : NULL;
 }
 
 /* flow_closing tells whether a SYN on this flow begins another connection. */
@@ -73,90 +92,546 @@ static __always_inline bool flow_closing(const struct flow *flow)
 {
 	const __u8 fins = FLOW_CLIENT_FIN | FLOW_BACKEND_FIN;
 
-	return flow->state & FLOW_RST || (flow->state & fins) == fins;
+	return flow->state & FLOW_CLOSED || (flow->state & fins) == fins;
 }
 
-/* flow_note counts a packet of a half and notes what it says of the connection. `to` is the half's, copied
- * before. A change of state is written to both halves; the time at most once a second, to both as well, so
- * that a flow lives in whichever direction it speaks. */
-static __always_inline void flow_note(const struct pkt *pkt, struct flow *flow,
-				      const struct tuple *to, __u64 now)
+/* ---- locks ---- */
+
+/* tuple_lock returns the lock of a flow: the same for a tuple and its inverse. */
+static __always_inline __u32 tuple_lock(const struct tuple *t)
 {
-	bool reply = flow->role == ROLE_REPLY;
-	__u8 state = flow->state & ~FLOW_RST; /* one that is followed by more was no end */
-	struct tuple key, back;
-	struct flow *twin;
+	const __u32 *source = (const __u32 *)t->source,
+		    *destination = (const __u32 *)t->destination;
+	__u32 h = ((__u32)t->source_port ^ t->destination_port) << 8 ^ t->protocol;
 
-	flow->packets++;
-	flow->bytes += pkt->length;
-	if (reply)
-		state |= FLOW_ANSWERED;
-	if (pkt->tcp_flags & TCP_RST)
-		state |= FLOW_RST;
-	if (pkt->tcp_flags & TCP_FIN)
-		state |= reply ? FLOW_BACKEND_FIN : FLOW_CLIENT_FIN;
-	if (state == flow->state && (__s64)(now - flow->last_seen_ns) < (__s64)SECOND_NS)
-		return;
+#pragma unroll
+	for (int i = 0; i < ADDRESS_LENGTH / 4; i++)
+		h = h * 31 + (source[i] ^ destination[i]) + source[i] + destination[i];
+	h *= 0x9e3779b1;
+	return h >> 16 & (FLOW_LOCKS - 1);
+}
 
-	tuple_invert(&key, to);
-	tuple_invert(&back, &pkt->tuple);
-	twin = bpf_map_lookup_elem(&flows, &key);
-	if (twin && tuple_equal(&twin->to, &back)) {
-		twin->state = state;
-		twin->last_seen_ns = now;
+static __always_inline bool lock_take(__u32 lock)
+{
+	__u32 *word = bpf_map_lookup_elem(&flow_locks, &lock);
+
+	if (!word)
+		return false;
+	for (int i = 0; i < LOCK_SPINS; i++)
+		if (!__sync_val_compare_and_swap(word, 0, 1))
+			return true;
+	return false;
+}
+
+static __always_inline void lock_release(__u32 lock)
+{
+	__u32 *word = bpf_map_lookup_elem(&flow_locks, &lock);
+
+	if (word)
+		__sync_lock_test_and_set(word, 0);
+}
+
+static __always_inline struct change *change_begin(void)
+{
+	__u32 zero = 0;
+
+	return bpf_map_lookup_elem(&changes, &zero);
+}
+
+/* ---- what follows holds change->lock ---- */
+
+enum claim {
+	CLAIM_NEW, /* the entry is ours, made now */
+	CLAIM_JOINED, /* it was there, and is the same flow's */
+	CLAIM_TAKEN, /* it is another living flow's */
+	CLAIM_FAILED,
+};
+
+/* flow_claim enters change->value under `key` in `pending`, unless a living flow has it. One that has expired
+ * is removed under its own flow's lock. */
+static __always_inline enum claim flow_claim(struct change *change, const struct tuple *key)
+{
+	struct flow *other;
+	struct tuple seen;
+	__u32 lock;
+	int err;
+
+	if (!bpf_map_update_elem(&pending, key, &change->value, BPF_NOEXIST))
+		return CLAIM_NEW;
+	other = bpf_map_lookup_elem(&pending, key);
+	if (!other) /* gone meanwhile, or the table is full */
+		return bpf_map_update_elem(&pending, key, &change->value, BPF_NOEXIST)
+			       ? CLAIM_FAILED
+			       : CLAIM_NEW;
+	if (flow_alive(other, key->protocol, PENDING, change->now_ns)) {
+		if (!tuple_equal(&other->to, &change->value.to))
+			return CLAIM_TAKEN;
+		other->last_seen_ns = change->now_ns;
+		other->state = 0;
+		other->flags = 0;
+		other->backend = change->value.backend;
+		other->generation = change->value.generation;
+		return CLAIM_JOINED;
 	}
+	/* Its lock is that of its client's tuple: the key, or the inverse of what a reply becomes. */
+	seen = other->to;
+	if (other->role == ROLE_REPLY)
+		lock = tuple_lock(&seen);
+	else
+		lock = tuple_lock(key);
+	if (lock != change->lock) {
+		if (!lock_take(lock))
+			return CLAIM_TAKEN;
+		other = bpf_map_lookup_elem(&pending, key);
+		if (!other || !tuple_equal(&other->to, &seen) ||
+		    flow_alive(other, key->protocol, PENDING, change->now_ns)) {
+			lock_release(lock);
+			return CLAIM_TAKEN;
+		}
+	}
+	bpf_map_delete_elem(&pending, key);
+	err = bpf_map_update_elem(&pending, key, &change->value, BPF_NOEXIST);
+	if (lock != change->lock)
+		lock_release(lock);
+	return err ? CLAIM_FAILED : CLAIM_NEW;
+}
+
+/* half_is tells whether an entry is that half of the flow which becomes `to`. */
+static __always_inline bool half_is(const struct flow *flow, const struct tuple *to)
+{
+	return flow && tuple_equal(&flow->to, to);
+}
+
+static __always_inline void half_reopen(struct flow *flow, const struct tuple *to,
+					const struct change *change)
+{
+	if (!half_is(flow, to))
+		return;
+	flow->state = 0;
+	flow->flags = 0;
+	flow->generation = change->generation;
+	flow->last_seen_ns = change->now_ns;
+}
+
+/* flow_reopen begins the same flow anew, in place: a SYN on a connection that has ended, to the same backend. */
+static __always_inline void flow_reopen(const struct change *change)
+{
+	half_reopen(bpf_map_lookup_elem(&pending, &change->u_back), &change->t_back, change);
+	half_reopen(bpf_map_lookup_elem(&flows, &change->u_back), &change->t_back, change);
+	half_reopen(bpf_map_lookup_elem(&pending, &change->t), &change->u, change);
+	half_reopen(bpf_map_lookup_elem(&flows, &change->t), &change->u, change);
+}
+
+/* half_close makes a reply half whose flow leads elsewhere now expire soon: replies on their way are still
+ * translated. */
+static __always_inline void half_close(struct flow *flow, const struct change *change)
+{
+	if (!half_is(flow, &change->t_back))
+		return;
+	flow->state |= FLOW_MOVED;
+	flow->last_seen_ns = change->now_ns;
+}
+
+/* tuple_is_key tells whether some living flow has this tuple for a key. */
+static __always_inline bool tuple_is_key(const struct tuple *t, __u64 now)
+{
+	return flow_lookup(FLOWS, t, now) || flow_lookup(PENDING, t, now);
+}
+
+/* expired_remove removes an entry of `flows` that has expired and is in the way of a new flow's promotion. */
+static __always_inline void expired_remove(const struct tuple *key, const struct tuple *to,
+					   const struct change *change)
+{
+	struct flow *flow = bpf_map_lookup_elem(&flows, key);
+
+	if (flow && !flow_alive(flow, key->protocol, FLOWS, change->now_ns) &&
+	    (flow->role == ROLE_FORWARD || half_is(flow, to)))
+		bpf_map_delete_elem(&flows, key);
+}
+
+/* flow_try enters the pair change->t -> change->u, whose source port is a candidate. The reply half is claimed
+ * without a hook, then the clashes are looked for, then it is put in force, and the forward half comes last:
+ * a packet that finds it finds its answer's. CLAIM_TAKEN: another port. */
+__noinline enum claim flow_try(struct change *change)
+{
+	bool identity;
+	struct flow *other;
+	enum claim claimed;
+
+	if (!change)
+		return CLAIM_FAILED;
+	identity = change->flags & CHANGE_IDENTITY;
+	tuple_invert(&change->u_back, &change->u);
+	tuple_invert(&change->t_back, &change->t);
+	__builtin_memset(&change->value, 0, sizeof(change->value));
+	change->value.to = change->t_back;
+	change->value.role = ROLE_REPLY;
+	change->value.backend = change->backend;
+	change->value.generation = change->generation;
+	change->value.last_seen_ns = change->now_ns;
+
+	claimed = flow_claim(change, &change->u_back);
+	if (claimed != CLAIM_NEW && claimed != CLAIM_JOINED)
+		return claimed;
+	other = flow_lookup(FLOWS, &change->u_back, change->now_ns);
+	if ((other && !half_is(other, &change->t_back)) ||
+	    (!identity && tuple_is_key(&change->u, change->now_ns))) {
+		if (claimed == CLAIM_NEW)
+			bpf_map_delete_elem(&pending, &change->u_back);
+		return CLAIM_TAKEN;
+	}
+	if (claimed == CLAIM_NEW) {
+		change->value.hook = identity ? AT_BOTH : AT_EGRESS;
+		bpf_map_update_elem(&pending, &change->u_back, &change->value, BPF_ANY);
+	}
+
+	change->value.to = change->u;
+	change->value.role = ROLE_FORWARD;
+	change->value.hook = identity ? AT_BOTH : AT_INGRESS;
+	change->value.packets = 1;
+	change->value.bytes = change->bytes;
+	if (change->flags & CHANGE_REPLACE) {
+		if (bpf_map_update_elem(&pending, &change->t, &change->value, BPF_ANY))
+			goto full;
+		bpf_map_delete_elem(&flows, &change->t);
+		return CLAIM_NEW;
+	}
+	expired_remove(&change->t, &change->u, change);
+	expired_remove(&change->u_back, &change->t_back, change);
+	switch (flow_claim(change, &change->t)) {
+	case CLAIM_NEW:
+	case CLAIM_JOINED:
+		return CLAIM_NEW;
+	default:
+		break;
+	}
+full:
+	if (claimed == CLAIM_NEW)
+		bpf_map_delete_elem(&pending, &change->u_back);
+	return CLAIM_FAILED;
+}
+
+static __always_inline bool destination_equal(const struct tuple *a, const struct tuple *b)
+{
+	const __u64 *x = (const __u64 *)a->destination, *y = (const __u64 *)b->destination;
+
+	return x[0] == y[0] && x[1] == y[1] && a->destination_port == b->destination_port;
+}
+
+/* flow_keeps tells whether a flow whose backend has another generation by now may stay where it is. */
+static __always_inline bool flow_keeps(const struct backend *backend, struct backend_life life,
+				       __u32 service, const struct tuple *to)
+{
+	const __u64 *have = (const __u64 *)backend->address;
+	const __u64 *want = (const __u64 *)to->destination;
+
+	return (life.state == BACKEND_ACTIVE || life.state == BACKEND_DRAINING) &&
+	       backend->service == service && life.port == to->destination_port &&
+	       have[0] == want[0] && have[1] == want[1];
+}
+
+static __always_inline enum reason flow_open_locked(struct change *change)
+{
+	struct backend_life life;
+	struct backend *backend;
+	struct flow *flow;
+	struct tuple to;
+	__u32 hash, id;
+
+	change->now_ns = clock_now();
+	hash = tuple_hash(&change->t);
+	flow = flow_lookup(FLOWS, &change->t, change->now_ns);
+	if (!flow)
+		flow = flow_lookup(PENDING, &change->t, change->now_ns);
+	if (flow) {
+		change->u = flow->to;
+		if (!(flow->hook & AT_INGRESS))
+			return REASON_OTHER_HOOK;
+		id = flow->backend;
+		backend = backend_lookup(id);
+		if (!backend)
+			return REASON_NO_BACKEND;
+		life = backend_life_load(backend);
+		/* Another CPU may have done the work while this one waited for the lock. */
+		if (!(change->flags & CHANGE_SYN && flow_closing(flow)) &&
+		    (!id || life.generation == flow->generation ||
+		     flow_keeps(backend, life, change->service, &change->u)))
+			return flow->hook == AT_BOTH ? REASON_DIRECT : REASON_FORWARD;
+		tuple_invert(&change->old_back, &change->u);
+	} else if (change->flags & CHANGE_RST) {
+		return REASON_STRAY_RST;
+	}
+
+	to = change->t;
+	change->backend = 0;
+	change->generation = 0;
+	if (!(change->flags & CHANGE_IDENTITY)) {
+		id = backend_select(change->service, hash);
+		backend = id ? backend_lookup(id) : NULL;
+		if (!backend)
+			return REASON_NO_BACKEND;
+		life = backend_life_load(backend);
+		change->backend = id;
+		change->generation = life.generation;
+		__builtin_memcpy(to.destination, backend->address, ADDRESS_LENGTH);
+		to.destination_port = life.port;
+	}
+	if (flow) {
+		if (destination_equal(&to, &change->u)) {
+			/* The same again, by whatever port the backend knows the client. */
+			tuple_invert(&change->u_back, &change->u);
+			tuple_invert(&change->t_back, &change->t);
+			flow_reopen(change);
+			return tuple_equal(&change->u, &change->t) ? REASON_NEW_DIRECT
+								   : REASON_NEW_FLOW;
+		}
+		change->flags |= CHANGE_REPLACE;
+	}
+	change->u = to;
+
+	for (int i = 0; i <= REMAP_TRIES; i++) {
+		if (i) {
+			if (change->t.protocol != PROTOCOL_UDP && !(change->flags & CHANGE_SYN))
+				break;
+			change->flags &= ~CHANGE_IDENTITY;
+			hash = hash * 0x9e3779b1 + i;
+			change->u.source_port = REMAP_FIRST + (hash >> 8) % (65536 - REMAP_FIRST);
+		}
+		switch (flow_try(change)) {
+		case CLAIM_NEW:
+			if (change->flags & CHANGE_REPLACE) {
+				half_close(bpf_map_lookup_elem(&pending, &change->old_back),
+					   change);
+				half_close(bpf_map_lookup_elem(&flows, &change->old_back), change);
+			}
+			return change->flags & CHANGE_IDENTITY ? REASON_NEW_DIRECT
+							       : REASON_NEW_FLOW;
+		case CLAIM_TAKEN:
+			continue;
+		default:
+			return REASON_TABLE_FULL;
+		}
+	}
+	return REASON_TUPLE_TAKEN;
+}
+
+/* flow_open finds or makes the flow of change->t, and sets change->u to what its packets become. Returns
+ * REASON_NEW_FLOW, REASON_FORWARD, REASON_NEW_DIRECT or REASON_DIRECT, or why there is none. */
+__noinline enum reason flow_open(struct change *change)
+{
+	enum reason reason;
+
+	if (!change)
+		return REASON_TABLE_FULL;
+	change->lock = tuple_lock(&change->t);
+	if (!lock_take(change->lock))
+		return REASON_LOCK_BUSY;
+	reason = flow_open_locked(change);
+	lock_release(change->lock);
+	return reason;
+}
+
+/* flow_assure copies a pair from `pending` to `flows`, the reply half first. The pending ones are left to
+ * expire, so that no CPU ever finds neither. */
+__noinline int flow_assure(struct change *change)
+{
+	struct flow *forward, *reply, *other;
+
+	if (!change)
+		return 0;
+	change->lock = tuple_lock(&change->t);
+	if (!lock_take(change->lock))
+		return 0;
+	change->now_ns = clock_now();
+	forward = flow_lookup(PENDING, &change->t, change->now_ns);
+	reply = flow_lookup(PENDING, &change->u_back, change->now_ns);
+	other = flow_lookup(FLOWS, &change->u_back, change->now_ns);
+	if (half_is(forward, &change->u) && half_is(reply, &change->t_back) &&
+	    !flow_closing(forward) && reply->flags & FLOW_ANSWERED &&
+	    (!other || half_is(other, &change->t_back))) {
+		change->value = *reply;
+		change->value.last_seen_ns = change->now_ns;
+		if (!bpf_map_update_elem(&flows, &change->u_back, &change->value, BPF_ANY)) {
+			change->value = *forward;
+			change->value.last_seen_ns = change->now_ns;
+			if (bpf_map_update_elem(&flows, &change->t, &change->value, BPF_ANY))
+				bpf_map_delete_elem(&flows, &change->u_back);
+		}
+	}
+	lock_release(change->lock);
+	return 0;
+}
+
+/* flow_restore makes a half that the LRU has taken anew, from the one that is left; change->value is what it
+ * is to be. */
+__noinline int flow_restore(struct change *change)
+{
+	struct tuple *key, *twin;
+	bool in_flows;
+	struct flow *left;
+
+	if (!change)
+		return 0;
+	change->lock = tuple_lock(&change->t);
+	if (!lock_take(change->lock))
+		return 0;
+	change->now_ns = clock_now();
+	change->value.last_seen_ns = change->now_ns;
+	key = change->flags & CHANGE_LOST_REPLY ? &change->u_back : &change->t;
+	twin = change->flags & CHANGE_LOST_REPLY ? &change->t : &change->u_back;
+	in_flows = change->flags & CHANGE_IN_FLOWS;
+	left = in_flows ? bpf_map_lookup_elem(&flows, twin) : bpf_map_lookup_elem(&pending, twin);
+	if (half_is(left, change->flags & CHANGE_LOST_REPLY ? &change->u : &change->t_back) &&
+	    !flow_lookup(FLOWS, key, change->now_ns)) {
+		enum claim claimed = flow_claim(change, key);
+
+		if ((claimed == CLAIM_NEW || claimed == CLAIM_JOINED) && in_flows &&
+		    !flow_lookup(FLOWS, key, change->now_ns))
+			bpf_map_update_elem(&flows, key, &change->value, BPF_ANY);
+	}
+	lock_release(change->lock);
+	return 0;
+}
+
+/* ---- without a lock ---- */
+
+/* change_of fills in both halves' keys and values from one of them. */
+static __always_inline struct change *change_of(const struct tuple *key, const struct tuple *to,
+						enum flow_role role)
+{
+	struct change *change = change_begin();
+
+	if (!change)
+		return NULL;
+	if (role == ROLE_FORWARD) {
+		change->t = *key;
+		change->u = *to;
+	} else {
+		tuple_invert(&change->t, to);
+		tuple_invert(&change->u, key);
+	}
+	tuple_invert(&change->t_back, &change->t);
+	tuple_invert(&change->u_back, &change->u);
+	change->flags = 0;
+	return change;
+}
+
+static __always_inline void half_set_state(struct flow *flow, const struct tuple *to, __u8 state,
+					   __u64 now)
+{
+	if (!half_is(flow, to))
+		return;
 	flow->state = state;
 	flow->last_seen_ns = now;
 }
 
-/* flow_close makes the reply half of a flow that is no longer `from`'s expire soon: replies on their way
- * are still translated. */
-static __always_inline void flow_close_reply(const struct tuple *to, __u64 now)
+/* flow_set_state writes a state to both halves in both tables, T's last: where T says that the connection is
+ * over and another may begin, the reply half must have known before. */
+__noinline int flow_set_state(struct change *change, __u32 state)
 {
-	struct tuple key;
-	struct flow *reply;
-
-	tuple_invert(&key, to);
-	reply = bpf_map_lookup_elem(&flows, &key);
-	if (reply) {
-		reply->state |= FLOW_RST;
-		reply->last_seen_ns = now;
-	}
+	if (!change)
+		return 0;
+	half_set_state(bpf_map_lookup_elem(&pending, &change->u_back), &change->t_back, state,
+		       change->now_ns);
+	half_set_state(bpf_map_lookup_elem(&flows, &change->u_back), &change->t_back, state,
+		       change->now_ns);
+	half_set_state(bpf_map_lookup_elem(&pending, &change->t), &change->u, state,
+		       change->now_ns);
+	half_set_state(bpf_map_lookup_elem(&flows, &change->t), &change->u, state, change->now_ns);
+	return 0;
 }
 
-/* flow_begin enters the pair T -> U, the reply half first: a packet that finds the forward half finds its
- * answer's. Returns REASON_NEW_FLOW, or why there is none. */
-static __always_inline enum reason flow_begin(const struct pkt *pkt, const struct tuple *to,
-					      __u32 backend, __u32 generation, __u64 now)
+/* flow_end judges a FIN or an RST. One counts that continues what the other side has acknowledged (RFC 5961):
+ * a forged one would have to guess that number. */
+static __always_inline __u8 flow_end(const struct pkt *pkt, const struct flow *twin, bool reply,
+				     __u8 state)
 {
-	struct flow flow = {
-		.hook = AT_EGRESS,
-		.role = ROLE_REPLY,
-		.backend = backend,
-		.generation = generation,
-		.last_seen_ns = now,
-	};
-	struct tuple reply;
-	const struct flow *other;
+	__s32 ahead = 0;
 
-	tuple_invert(&reply, to);
-	tuple_invert(&flow.to, &pkt->tuple);
-	other = flow_lookup(&reply, now);
-	if (other && !tuple_equal(&other->to, &flow.to))
-		return REASON_TUPLE_TAKEN;
-	if (flow_lookup(to, now))
-		return REASON_TUPLE_TAKEN;
-	if (bpf_map_update_elem(&flows, &reply, &flow, BPF_ANY))
-		return REASON_TABLE_FULL;
+	if (twin && twin->flags & FLOW_ACKNOWLEDGED)
+		ahead = pkt->sequence - twin->acknowledgement;
+	if (ahead < 0)
+		return state;
+	if (pkt->tcp_flags & TCP_RST) {
+		if (ahead)
+			return state | FLOW_RST_AHEAD;
+		return state | (reply ? FLOW_BACKEND_RST : FLOW_CLIENT_RST);
+	}
+	return state | (reply ? FLOW_BACKEND_FIN : FLOW_CLIENT_FIN);
+}
 
-	flow.to = *to;
-	flow.hook = AT_INGRESS;
-	flow.role = ROLE_FORWARD;
-	flow.packets = 1;
-	flow.bytes = pkt->length;
-	if (bpf_map_update_elem(&flows, &pkt->tuple, &flow, BPF_ANY))
-		return REASON_TABLE_FULL;
-	return REASON_NEW_FLOW;
+/* flow_note counts a packet of a half and notes what it says of the connection. `to` is the half's, copied
+ * before. */
+static __always_inline void flow_note(const struct pkt *pkt, struct flow *flow,
+				      const struct tuple *to, enum table table, __u64 now)
+{
+	bool reply = flow->role == ROLE_REPLY, tcp = pkt->tuple.protocol == PROTOCOL_TCP;
+	__u8 state = flow->state & ~(FLOW_RST_AHEAD | (reply ? FLOW_BACKEND_RST : FLOW_CLIENT_RST));
+	bool aged = (__s64)(now - flow->last_seen_ns) >= (__s64)SECOND_NS;
+	struct change *change;
+	struct flow *twin;
+
+	flow->packets++;
+	flow->bytes += pkt->length;
+	if (tcp && pkt->tcp_flags & TCP_ACK) {
+		flow->acknowledgement = pkt->acknowledgement;
+		flow->flags |= FLOW_ACKNOWLEDGED;
+	}
+	if (table == FLOWS && state == flow->state && !aged &&
+	    !(pkt->tcp_flags & (TCP_FIN | TCP_RST)))
+		return;
+
+	if (reply && table == PENDING && !(pkt->tcp_flags & TCP_RST) &&
+	    (!(flow->flags & FLOW_ANSWERED) || pkt->tcp_flags & TCP_SYN)) {
+		flow->answer = pkt->sequence + pkt->segment;
+		flow->flags |= FLOW_ANSWERED;
+	}
+	change = change_of(&pkt->tuple, to, flow->role);
+	if (!change)
+		return;
+	change->now_ns = now;
+	if (reply)
+		twin = table == FLOWS ? bpf_map_lookup_elem(&flows, &change->t)
+				      : bpf_map_lookup_elem(&pending, &change->t);
+	else
+		twin = table == FLOWS ? bpf_map_lookup_elem(&flows, &change->u_back)
+				      : bpf_map_lookup_elem(&pending, &change->u_back);
+	if (twin && !flow_alive(twin, pkt->tuple.protocol, table, now))
+		twin = NULL;
+	if (twin && !half_is(twin, reply ? &change->u : &change->t_back))
+		return; /* another flow's: this half is left to expire */
+
+	if (pkt->tcp_flags & (TCP_FIN | TCP_RST))
+		state = flow_end(pkt, twin, reply, state);
+	if (state != flow->state) {
+		flow_set_state(change, state);
+		return;
+	}
+	if (aged)
+		flow->last_seen_ns = now;
+	if (!twin) {
+		if ((table == FLOWS || !reply) && !flow_closing(flow)) {
+			change->value = *flow;
+			change->value.packets = 0;
+			change->value.bytes = 0;
+			change->value.flags = 0;
+			change->value.to = reply ? change->u : change->t_back;
+			change->value.role = reply ? ROLE_FORWARD : ROLE_REPLY;
+			change->value.hook = flow->hook == AT_BOTH ? AT_BOTH
+					     : reply		   ? AT_INGRESS
+								   : AT_EGRESS;
+			change->flags = (reply ? 0 : CHANGE_LOST_REPLY) |
+					(table == FLOWS ? CHANGE_IN_FLOWS : 0);
+			flow_restore(change);
+		}
+		return;
+	}
+	if (aged && table == FLOWS)
+		twin->last_seen_ns = now;
+	if (table == PENDING && !reply && twin->flags & FLOW_ANSWERED &&
+	    (!tcp ||
+	     (pkt->tcp_flags & TCP_ACK && (__s32)(pkt->acknowledgement - twin->answer) >= 0)))
+		flow_assure(change);
 }
 
 #endif

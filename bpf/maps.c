@@ -7,4 +7,5 @@ char _license[] SEC("license") = "Dual BSD/GPL";
 
 /* Enumerations that no field of a map has for its type, named here so that their names reach BTF. */
 const enum flow_state *flow_state_names __attribute__((unused));
+const enum flow_flags *flow_flags_names __attribute__((unused));
 const enum reason *reason_names __attribute__((unused));

@@ -57,14 +57,38 @@ struct {
 	__type(value, struct backend);
 } backends SEC(".maps");
 
-/* tuple -> one half of a flow. Written by the programs alone. An entry past its timeout is absent,
- * whether or not the table has dropped it. */
+/* tuple -> one half of a flow. Written by the programs alone. `pending` holds what is not assured yet: the
+ * client has not spoken again after an answer. A flood turns it over and leaves `flows` alone. An entry past
+ * its timeout is absent, whether or not the table has dropped it. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 65536);
+	__type(key, struct tuple);
+	__type(value, struct flow);
+} pending SEC(".maps");
+
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
 	__uint(max_entries, 262144);
 	__type(key, struct tuple);
 	__type(value, struct flow);
 } flows SEC(".maps");
+
+/* hash of a flow, whichever its direction -> 1 while a CPU changes which entries exist. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, FLOW_LOCKS);
+	__type(key, __u32);
+	__type(value, __u32);
+} flow_locks SEC(".maps");
+
+/* 0 -> what a CPU needs to change a flow, too large for the stack. Programs do not interrupt each other. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct change);
+} changes SEC(".maps");
 
 /* enum reason -> packets. Written by the programs, each CPU its own. The kernel wants a plain number as
  * the key of an array's BTF. */

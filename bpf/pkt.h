@@ -33,9 +33,12 @@ struct pkt {
 	__u16 l4; /* offset of the TCP or UDP header */
 	__u8 family; /* 4 or 6; 0 until the addresses of the tuple are known */
 	__u8 tcp_flags; /* 0 for all but TCP */
-	bool fragment; /* the first or a later one; ports are known of the first only */
-	__u8 pad;
+	bool fragment; /* the first or a later one */
+	bool ports; /* they are known: not those of a later fragment */
 	__u32 length; /* of the IP packet; of all that a GSO packet stands for */
+	__u32 sequence; /* of TCP, as are the next two */
+	__u32 acknowledgement;
+	__u32 segment; /* sequence numbers that it takes */
 };
 
 struct vlan_header {
@@ -78,10 +81,18 @@ static __always_inline bool pkt_is_syn(const struct pkt *pkt)
 	return (pkt->tcp_flags & (TCP_SYN | TCP_ACK | TCP_RST)) == TCP_SYN;
 }
 
-/* pkt_parse_l4 reads the ports; `room` is what the IP packet has for the header and what follows it. */
-static __always_inline enum reason pkt_parse_l4(ctx_t *ctx, struct pkt *pkt, __u8 protocol,
-						__u32 offset, __u32 room)
+/* pkt_parse_l4 reads the ports at pkt->l4. A function of its own to the verifier, as is the next one, for
+ * whom its many ways in would otherwise be as many ways through what follows. */
+__noinline enum reason pkt_parse_l4(ctx_t *ctx, struct pkt *pkt)
 {
+	__u32 offset, room;
+	__u8 protocol;
+
+	if (!pkt)
+		return REASON_MALFORMED;
+	protocol = pkt->tuple.protocol;
+	offset = pkt->l4;
+	room = pkt->l3 + pkt->length - offset;
 	if (protocol == IPPROTO_TCP) {
 		struct tcphdr *tcp = ctx_at(ctx, offset, sizeof(*tcp));
 
@@ -90,6 +101,9 @@ static __always_inline enum reason pkt_parse_l4(ctx_t *ctx, struct pkt *pkt, __u
 		pkt->tuple.source_port = bpf_ntohs(tcp->source);
 		pkt->tuple.destination_port = bpf_ntohs(tcp->dest);
 		pkt->tcp_flags = ((__u8 *)tcp)[13];
+		pkt->sequence = bpf_ntohl(tcp->seq);
+		pkt->acknowledgement = bpf_ntohl(tcp->ack_seq);
+		pkt->segment = room - tcp->doff * 4 + tcp->syn + tcp->fin;
 	} else if (protocol == IPPROTO_UDP) {
 		struct udphdr *udp = ctx_at(ctx, offset, sizeof(*udp));
 		__u16 length;
@@ -107,9 +121,40 @@ static __always_inline enum reason pkt_parse_l4(ctx_t *ctx, struct pkt *pkt, __u
 	} else {
 		return REASON_UNSUPPORTED;
 	}
-	pkt->tuple.protocol = protocol;
-	pkt->l4 = offset;
+	pkt->ports = true;
 	return pkt->fragment ? REASON_FRAGMENT : REASON_NONE;
+}
+
+/* pkt_skip_extension moves pkt->l4 behind one IPv6 extension header, and the protocol to what follows it. */
+__noinline enum reason pkt_skip_extension(ctx_t *ctx, struct pkt *pkt)
+{
+	struct ipv6_extension *extension;
+	__u32 behind;
+	__u16 flags;
+
+	if (!pkt)
+		return REASON_MALFORMED;
+	extension = ctx_at(ctx, pkt->l4, sizeof(*extension));
+	if (!extension)
+		return REASON_MALFORMED;
+	behind = pkt->l4 + (extension->length + 1) * 8;
+	if (pkt->tuple.protocol == IPPROTO_FRAGMENT) {
+		behind = pkt->l4 + sizeof(struct ipv6_fragment);
+		flags = bpf_ntohs(((struct ipv6_fragment *)extension)->offset);
+		/* An atomic fragment, the first and the last, is a whole packet (RFC 6946). */
+		if (flags & (IPV6_FRAGMENT_OFFSET | IPV6_MORE_FRAGMENTS))
+			pkt->fragment = true;
+		if (flags & IPV6_FRAGMENT_OFFSET)
+			return REASON_FRAGMENT;
+	} else if (pkt->tuple.protocol == IPPROTO_ROUTING && extension->segments_left) {
+		/* The checksum counts the last destination, not the one in the header. */
+		return REASON_UNSUPPORTED;
+	}
+	if (behind > pkt->l3 + pkt->length)
+		return REASON_MALFORMED;
+	pkt->l4 = behind;
+	pkt->tuple.protocol = extension->next;
+	return REASON_NONE;
 }
 
 static __always_inline enum reason pkt_parse_ipv4(ctx_t *ctx, struct pkt *pkt, __u32 offset)
@@ -138,14 +183,15 @@ static __always_inline enum reason pkt_parse_ipv4(ctx_t *ctx, struct pkt *pkt, _
 	pkt->fragment = fragment != 0;
 	if (fragment & IPV4_FRAGMENT_OFFSET)
 		return REASON_FRAGMENT;
-	return pkt_parse_l4(ctx, pkt, ip->protocol, offset + header, pkt->length - header);
+	pkt->tuple.protocol = ip->protocol;
+	pkt->l4 = offset + header;
+	return pkt_parse_l4(ctx, pkt);
 }
 
 static __always_inline enum reason pkt_parse_ipv6(ctx_t *ctx, struct pkt *pkt, __u32 offset)
 {
 	struct ipv6hdr *ip = ctx_at(ctx, offset, sizeof(*ip));
-	__u32 room = ctx_length(ctx) - offset, end;
-	__u8 next;
+	__u32 room = ctx_length(ctx) - offset;
 
 	if (!ip || ip->version != 6)
 		return REASON_MALFORMED;
@@ -165,44 +211,25 @@ static __always_inline enum reason pkt_parse_ipv6(ctx_t *ctx, struct pkt *pkt, _
 	    (ip->daddr.s6_addr16[0] & bpf_htons(0xffc0)) == bpf_htons(0xfe80))
 		return REASON_MULTICAST;
 
-	next = ip->nexthdr;
-	end = offset + pkt->length;
-	offset += sizeof(*ip);
+	pkt->tuple.protocol = ip->nexthdr;
+	pkt->l4 = offset + sizeof(*ip);
 	for (int i = 0; i < EXTENSION_HEADERS_MAX; i++) {
-		if (next == IPPROTO_FRAGMENT) {
-			struct ipv6_fragment *fragment = ctx_at(ctx, offset, sizeof(*fragment));
-			__u16 flags;
+		enum reason reason;
 
-			if (!fragment)
-				return REASON_MALFORMED;
-			flags = bpf_ntohs(fragment->offset);
-			if (flags & IPV6_FRAGMENT_OFFSET) {
-				pkt->fragment = true;
-				return REASON_FRAGMENT;
-			}
-			/* An atomic fragment is a whole packet (RFC 6946). */
-			if (flags & IPV6_MORE_FRAGMENTS)
-				pkt->fragment = true;
-			next = fragment->next;
-			offset += sizeof(*fragment);
-		} else if (next == IPPROTO_HOPOPTS || next == IPPROTO_DSTOPTS ||
-			   next == IPPROTO_ROUTING) {
-			struct ipv6_extension *extension = ctx_at(ctx, offset, sizeof(*extension));
-
-			if (!extension)
-				return REASON_MALFORMED;
-			/* The checksum counts the last destination, not the one in the header. */
-			if (next == IPPROTO_ROUTING && extension->segments_left)
-				return REASON_UNSUPPORTED;
-			next = extension->next;
-			offset += (extension->length + 1) * 8;
-		} else {
+		switch ((__u8)pkt->tuple.protocol) {
+		case IPPROTO_HOPOPTS:
+		case IPPROTO_ROUTING:
+		case IPPROTO_FRAGMENT:
+		case IPPROTO_DSTOPTS:
 			break;
+		default:
+			return pkt_parse_l4(ctx, pkt);
 		}
-		if (offset > end)
-			return REASON_MALFORMED;
+		reason = pkt_skip_extension(ctx, pkt);
+		if (reason)
+			return reason;
 	}
-	return pkt_parse_l4(ctx, pkt, next, offset, end - offset);
+	return pkt_parse_l4(ctx, pkt);
 }
 
 static __always_inline enum reason pkt_parse_once(ctx_t *ctx, struct pkt *pkt)
@@ -238,7 +265,7 @@ static __always_inline enum reason pkt_parse_once(ctx_t *ctx, struct pkt *pkt)
 }
 
 /* pkt_parse fills `pkt` from the packet; the answer is REASON_NONE, or why its ports are not to be used.
- * After REASON_FRAGMENT, those of a first fragment are known (l4 is not 0). The second try is for headers
+ * After REASON_FRAGMENT, those of a first fragment are known (pkt->ports). The second try is for headers
  * that could not be read directly. */
 static __always_inline enum reason pkt_parse(ctx_t *ctx, struct pkt *pkt)
 {

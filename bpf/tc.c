@@ -35,29 +35,60 @@ static __always_inline int translate(ctx_t *ctx, struct pkt *pkt, const struct t
 	return verdict(reason, VERDICT_PASS);
 }
 
-/* backend_keeps tells whether a flow that must look again may stay where it is. */
-static __always_inline bool backend_keeps(const struct backend *backend, struct backend_life life,
-					  __u32 service, const struct tuple *to)
+/* ingress_open is the way of a packet that needs a change of the flow tables. */
+static __always_inline int ingress_open(ctx_t *ctx, struct pkt *pkt, struct frontend frontend)
 {
-	const __u64 *have = (const __u64 *)backend->address;
-	const __u64 *want = (const __u64 *)to->destination;
+	struct change *change = change_begin();
+	enum reason reason;
+	struct tuple to;
 
-	return (life.state == BACKEND_ACTIVE || life.state == BACKEND_DRAINING) &&
-	       backend->service == service && life.port == to->destination_port &&
-	       have[0] == want[0] && have[1] == want[1];
+	if (!change)
+		return verdict(REASON_TABLE_FULL, VERDICT_DROP);
+	change->t = pkt->tuple;
+	change->service = frontend.service;
+	change->bytes = pkt->length;
+	change->flags = (pkt_is_syn(pkt) ? CHANGE_SYN : 0) |
+			(pkt->tcp_flags & TCP_RST ? CHANGE_RST : 0) |
+			(frontend.kind == KIND_IDENTITY ? CHANGE_IDENTITY : 0);
+	reason = flow_open(change);
+	switch (reason) {
+	case REASON_OTHER_HOOK:
+	case REASON_DIRECT:
+	case REASON_NEW_DIRECT:
+		return verdict(reason, VERDICT_PASS);
+	case REASON_FORWARD:
+	case REASON_NEW_FLOW:
+		to = change->u;
+		return translate(ctx, pkt, &to, reason);
+	default:
+		return verdict(reason, VERDICT_DROP);
+	}
+}
+
+/* hit is the way of a packet whose flow is found and stays as it is. */
+static __always_inline int hit(ctx_t *ctx, struct pkt *pkt, struct flow *flow, struct tuple *to,
+			       enum table table, __u64 now, enum reason reason)
+{
+	bool both = flow->hook == AT_BOTH;
+
+	flow_note(pkt, flow, to, table, now);
+	if (both)
+		return verdict(REASON_DIRECT, VERDICT_PASS);
+	return translate(ctx, pkt, to, reason);
 }
 
 static __always_inline int ingress(ctx_t *ctx)
 {
-	struct frontend frontend;
+	struct frontend frontend = {};
 	struct backend_life life;
 	struct backend *backend;
+	enum table table = FLOWS;
 	struct flow *flow;
 	struct tuple to;
 	struct pkt pkt;
 	enum reason reason;
+	bool looks;
 	__u64 now;
-	__u32 id;
 
 	if (!ctx_to_this_host(ctx))
 		return verdict(REASON_NOT_HOST, VERDICT_PASS);
@@ -66,56 +97,55 @@ static __always_inline int ingress(ctx_t *ctx)
 		return ingress_refuse(&pkt, reason);
 
 	now = clock_now();
-	flow = flow_lookup(&pkt.tuple, now);
-	if (flow) {
-		to = flow->to; /* copied at once: the element may become another's */
-		if (flow->hook != AT_INGRESS)
-			return verdict(REASON_OTHER_HOOK, VERDICT_PASS);
-		backend = backend_lookup(flow->backend);
-		if (!backend)
-			return verdict(REASON_NO_BACKEND, VERDICT_DROP);
-		life = backend_life_load(backend);
-		/* UDP and SYNs of a changed backend look again; all other TCP goes on. */
-		if (!(pkt_is_syn(&pkt) && flow_closing(flow)) &&
-		    (life.generation == flow->generation ||
-		     !(pkt.tuple.protocol == PROTOCOL_UDP || pkt_is_syn(&pkt)))) {
-			flow_note(&pkt, flow, &to, now);
-			return translate(ctx, &pkt, &to, REASON_FORWARD);
-		}
+	flow = flow_lookup(FLOWS, &pkt.tuple, now);
+	if (!flow) {
+		frontend = frontend_lookup(pkt.tuple.destination, pkt.tuple.destination_port,
+					   pkt.tuple.protocol);
+		if (!frontend.kind)
+			return verdict(REASON_NO_SERVICE, VERDICT_PASS);
+		table = PENDING;
+		flow = flow_lookup(PENDING, &pkt.tuple, now);
 	}
+	if (!flow)
+		return ingress_open(ctx, &pkt, frontend);
 
-	frontend = frontend_lookup(pkt.tuple.destination, pkt.tuple.destination_port,
-				   pkt.tuple.protocol);
-	if (!frontend.service)
-		return verdict(REASON_NO_SERVICE, VERDICT_PASS);
-	if (flow) {
-		if (!flow_closing(flow) && backend_keeps(backend, life, frontend.service, &to)) {
-			flow->generation = life.generation;
-			flow_note(&pkt, flow, &to, now);
-			return translate(ctx, &pkt, &to, REASON_FORWARD);
-		}
-	} else if (pkt.tcp_flags & TCP_RST) {
-		return verdict(REASON_STRAY_RST, VERDICT_DROP);
+	to = flow->to; /* copied at once: the element may become another's */
+	if (!(flow->hook & AT_INGRESS))
+		return verdict(REASON_OTHER_HOOK, VERDICT_PASS);
+	/* UDP and SYNs of a changed backend look again; all other TCP goes on. */
+	looks = pkt.tuple.protocol == PROTOCOL_UDP;
+	if (pkt_is_syn(&pkt)) {
+		if (flow_closing(flow))
+			goto open;
+		looks = true;
 	}
-
-	id = backend_select(frontend.service, tuple_hash(&pkt.tuple));
-	backend = id ? backend_lookup(id) : NULL;
+	backend = backend_lookup(flow->backend);
 	if (!backend)
 		return verdict(REASON_NO_BACKEND, VERDICT_DROP);
 	life = backend_life_load(backend);
-	if (flow)
-		flow_close_reply(&to, now); /* made new below where the choice is the same */
-	to = pkt.tuple;
-	__builtin_memcpy(to.destination, backend->address, ADDRESS_LENGTH);
-	to.destination_port = life.port;
-	reason = flow_begin(&pkt, &to, id, life.generation, now);
-	if (reason != REASON_NEW_FLOW)
-		return verdict(reason, VERDICT_DROP);
-	return translate(ctx, &pkt, &to, reason);
+	if (looks && flow->backend && life.generation != flow->generation) {
+		if (table == FLOWS)
+			frontend = frontend_lookup(pkt.tuple.destination,
+						   pkt.tuple.destination_port, pkt.tuple.protocol);
+		if (!frontend.kind)
+			return verdict(REASON_NO_SERVICE, VERDICT_PASS);
+		if (!flow_keeps(backend, life, frontend.service, &to))
+			goto open;
+		flow->generation = life.generation;
+	}
+	return hit(ctx, &pkt, flow, &to, table, now, REASON_FORWARD);
+open:
+	if (table == FLOWS && !frontend.kind)
+		frontend = frontend_lookup(pkt.tuple.destination, pkt.tuple.destination_port,
+					   pkt.tuple.protocol);
+	if (!frontend.kind)
+		return verdict(REASON_NO_SERVICE, VERDICT_PASS);
+	return ingress_open(ctx, &pkt, frontend);
 }
 
 static __always_inline int egress(ctx_t *ctx)
 {
+	enum table table = FLOWS;
 	struct flow *flow;
 	struct tuple to;
 	struct pkt pkt;
@@ -123,19 +153,26 @@ static __always_inline int egress(ctx_t *ctx)
 	__u64 now;
 
 	reason = pkt_parse(ctx, &pkt);
-	if (reason && !(reason == REASON_FRAGMENT && pkt.l4))
+	if (reason && !(reason == REASON_FRAGMENT && pkt.ports))
 		return verdict(reason, VERDICT_PASS);
 	now = clock_now();
-	flow = flow_lookup(&pkt.tuple, now);
-	if (!flow)
-		return verdict(REASON_NO_FLOW, VERDICT_PASS);
+	flow = flow_lookup(FLOWS, &pkt.tuple, now);
+	if (!flow) {
+		table = PENDING;
+		flow = flow_lookup(PENDING, &pkt.tuple, now);
+		if (!flow)
+			return verdict(REASON_NO_FLOW, VERDICT_PASS);
+	}
 	to = flow->to;
-	if (flow->hook != AT_EGRESS)
+	if (!(flow->hook & AT_EGRESS))
 		return verdict(REASON_OTHER_HOOK, VERDICT_PASS);
+	/* What applies at both hooks has been noted at ingress, but for an answer that is not assured yet:
+	 * there it would have cost every foreign packet a third lookup. */
+	if (flow->hook == AT_BOTH && (table == FLOWS || flow->role == ROLE_FORWARD))
+		return verdict(REASON_DIRECT, VERDICT_PASS);
 	if (pkt.fragment)
 		return verdict(REASON_REPLY_FRAGMENT, VERDICT_DROP);
-	flow_note(&pkt, flow, &to, now);
-	return translate(ctx, &pkt, &to, REASON_REPLY);
+	return hit(ctx, &pkt, flow, &to, table, now, REASON_REPLY);
 }
 
 SEC("tc")

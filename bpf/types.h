@@ -14,7 +14,7 @@
 #define NAME_LENGTH 64 /* a DNS label (RFC 1123) and its final zero */
 
 /* The version of all layouts below, kept in map `record`. Raise it with every change of a layout. */
-#define LAYOUT_VERSION 1
+#define LAYOUT_VERSION 2
 
 #define __one_byte __attribute__((packed)) /* an enum of one byte */
 
@@ -120,12 +120,13 @@ struct tuple {
 } __attribute__((aligned(8)));
 _Static_assert(sizeof(struct tuple) == 40, "a key without a hole");
 
-/* The hook at which a flow applies. Without it a reply would be translated before the host's stack,
+/* The hooks at which a flow applies. Without them a reply would be translated before the host's stack,
  * which would then see a VIP. */
 enum flow_hook {
 	AT_NONE, /* claimed, not yet in force */
 	AT_INGRESS,
 	AT_EGRESS,
+	AT_BOTH, /* nothing is rewritten: a connection straight to a backend's own address */
 } __one_byte;
 
 enum flow_role {
@@ -134,12 +135,20 @@ enum flow_role {
 	ROLE_REPLY, /* from the backend: key inverse(U), to inverse(T) */
 } __one_byte;
 
-/* What has been seen of a flow; written to both halves. Flags, so that one store of either half tells all. */
+/* What has been seen of a connection's end; written to both halves, in both tables. */
 enum flow_state {
-	FLOW_ANSWERED = 1, /* the backend has spoken */
-	FLOW_CLIENT_FIN = 2,
-	FLOW_BACKEND_FIN = 4,
-	FLOW_RST = 8,
+	FLOW_CLIENT_FIN = 1,
+	FLOW_BACKEND_FIN = 2,
+	FLOW_CLIENT_RST = 4, /* in sequence; taken back by the next packet of the same side */
+	FLOW_BACKEND_RST = 8,
+	FLOW_RST_AHEAD = 16, /* one that is not the next in sequence: believed for an hour */
+	FLOW_MOVED = 32, /* reply half: its client's tuple leads elsewhere now */
+};
+
+/* What has been seen of one half. */
+enum flow_flags {
+	FLOW_ACKNOWLEDGED = 1, /* `acknowledgement` is one */
+	FLOW_ANSWERED = 2, /* reply half: the backend has spoken; of TCP, up to `answer` */
 };
 
 /* One half of a flow: a packet whose tuple is the key becomes `to` at `hook`. */
@@ -148,17 +157,45 @@ struct flow {
 	enum flow_hook hook;
 	enum flow_role role;
 	__u8 state; /* of enum flow_state */
-	__u8 flags; /* none yet */
+	__u8 flags; /* of enum flow_flags */
 	__u32 backend;
 	__u32 generation; /* the backend's, when it was last looked up; forward half only */
-	__u32 acknowledgement; /* last TCP acknowledgement seen on this half; not used yet */
-	__u32 answer; /* end of the backend's latest noted segment, reply half; not used yet */
+	__u32 acknowledgement; /* last TCP acknowledgement seen on this half */
+	__u32 answer; /* end of the segment that the client must acknowledge, reply half */
 	__u32 silent_since_s; /* first client segment left unanswered, forward half; not used yet */
 	__u64 last_seen_ns; /* CLOCK_MONOTONIC; written at most once a second */
 	__u64 packets;
 	__u64 bytes; /* of IP packets */
 };
 _Static_assert(sizeof(struct flow) == 88, "no padding");
+
+#define FLOW_LOCKS 16384
+
+/* A change of a flow that is being made, by the CPU whose it is. */
+struct change {
+	struct tuple t; /* the client's tuple */
+	struct tuple u; /* what its packets become */
+	struct tuple t_back; /* inverse(t): what replies become */
+	struct tuple u_back; /* inverse(u): what replies are */
+	struct tuple old_back; /* u_back of the flow that this one replaces */
+	struct flow value; /* to be written */
+	__u64 now_ns;
+	__u32 lock; /* the lock that is held */
+	__u32 service;
+	__u32 backend;
+	__u32 generation;
+	__u32 flags; /* of enum change_flags */
+	__u32 bytes; /* of the packet that makes it */
+};
+
+enum change_flags {
+	CHANGE_SYN = 1, /* the packet that makes it is a TCP SYN */
+	CHANGE_RST = 2, /* a TCP reset */
+	CHANGE_IDENTITY = 4, /* u is t */
+	CHANGE_REPLACE = 8, /* t has a living entry, which leads elsewhere */
+	CHANGE_LOST_REPLY = 16, /* flow_restore: it is the reply half that is lost */
+	CHANGE_IN_FLOWS = 32, /* flow_restore: the other half is in `flows` */
+};
 
 /* ---- the rest ---- */
 
@@ -198,6 +235,9 @@ enum reason {
 	REASON_TUPLE_TAKEN, /* another flow has this client and port at the same backend */
 	REASON_TABLE_FULL, /* the flow table refused an entry */
 	REASON_NOT_WRITABLE, /* the packet could not be rewritten */
+	REASON_LOCK_BUSY, /* another CPU was at work on the same flow */
+	REASON_DIRECT, /* passed, untouched: to a backend's own address, or from it */
+	REASON_NEW_DIRECT, /* as above, the first packet */
 	REASON_COUNT,
 };
 

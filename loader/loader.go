@@ -41,15 +41,15 @@ type Device struct {
 
 // Timeouts are the ages at which an entry of the flow table is absent. No answer yet: New.
 type Timeouts struct {
-	TCPNew, TCPEstablished, TCPHalfClosed, TCPClosed, Reset, UDPNew, UDP time.Duration
+	TCPPending, TCPEstablished, TCPHalfClosed, TCPClosed, Reset, UDPPending, UDP time.Duration
 }
 
 // DefaultTimeouts are those of docs/design: a flow without an answer is given up after a minute, an
 // established connection after a day, as by conntrack's default in a cluster.
 func DefaultTimeouts() Timeouts {
 	return Timeouts{
-		TCPNew: time.Minute, TCPEstablished: 24 * time.Hour, TCPHalfClosed: time.Hour, TCPClosed: time.Minute,
-		Reset: 10 * time.Second, UDPNew: 30 * time.Second, UDP: 2 * time.Minute,
+		TCPPending: time.Minute, TCPEstablished: 24 * time.Hour, TCPHalfClosed: time.Hour, TCPClosed: time.Minute,
+		Reset: 10 * time.Second, UDPPending: 30 * time.Second, UDP: 2 * time.Minute,
 	}
 }
 
@@ -160,8 +160,8 @@ func (l *Loader) configure(spec *ebpf.CollectionSpec, linkHeader int) error {
 		"hash_key":           key,
 		"csum_ipv6_flag":     csumFlag,
 		"timeouts_ns": tcFlowTimeouts{
-			TcpNew: uint64(t.TCPNew), TcpEstablished: uint64(t.TCPEstablished), TcpHalfClosed: uint64(t.TCPHalfClosed),
-			TcpClosed: uint64(t.TCPClosed), Reset: uint64(t.Reset), UdpNew: uint64(t.UDPNew), Udp: uint64(t.UDP),
+			TcpPending: uint64(t.TCPPending), TcpEstablished: uint64(t.TCPEstablished), TcpHalfClosed: uint64(t.TCPHalfClosed),
+			TcpClosed: uint64(t.TCPClosed), Reset: uint64(t.Reset), UdpPending: uint64(t.UDPPending), Udp: uint64(t.UDP),
 		},
 	}
 	for name, v := range spec.Variables {

@@ -5,11 +5,13 @@ package loader_test
 import (
 	"bytes"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"math"
 	"net/netip"
 	"os"
 	"slices"
+	"sync"
 	"testing"
 	"time"
 
@@ -62,22 +64,46 @@ type rig struct {
 	programs map[string]*ebpf.Program
 }
 
-func newRig(t *testing.T, timeouts loader.Timeouts) *rig {
+// shared are the programs of all these tests: to verify them takes longer than most tests do.
+var shared = sync.OnceValues(func() (*rig, error) {
+	m, err := maps.New(maps.Sizes{Frontends: 64, Services: 16, Slots: 1024, Backends: 256, Flows: 65536})
+	if err != nil {
+		return nil, err
+	}
+	l, err := loader.Load(m, loader.Config{})
+	if err != nil {
+		return nil, err
+	}
+	return &rig{maps: m, programs: l.Programs()}, nil
+})
+
+// newRig returns the programs with empty maps.
+func newRig(t *testing.T) *rig {
 	t.Helper()
 	if os.Geteuid() != 0 {
 		t.Skip("needs root: loads BPF programs")
 	}
-	m, err := maps.New(maps.Sizes{Frontends: 64, Services: 16, Slots: 1024, Backends: 256, Flows: 65536})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { m.Close() })
-	l, err := loader.Load(m, loader.Config{Timeouts: timeouts})
+	s, err := shared()
 	if err != nil {
 		t.Fatalf("%+v", err)
 	}
-	t.Cleanup(func() { l.Close() })
-	return &rig{t: t, maps: m, programs: l.Programs()}
+	r := &rig{t: t, maps: s.maps, programs: s.programs}
+	r.clearFlows()
+	var keys []maps.FrontendKey
+	r.must(r.maps.EachFrontend(func(k maps.FrontendKey, _ maps.Frontend) bool {
+		keys = append(keys, k)
+		return true
+	}))
+	for _, k := range keys {
+		r.must(r.maps.DeleteFrontend(k))
+	}
+	for id := range r.maps.Sizes().Services {
+		r.must(r.maps.SetServiceCluster(id, maps.SlotRange{}))
+	}
+	for id := range r.maps.Sizes().Backends {
+		r.must(r.maps.SetBackend(id, maps.Backend{}))
+	}
+	return r
 }
 
 // backend writes a backend of a service.
@@ -178,18 +204,44 @@ func (r *rig) expect(program string, frame []byte, verdict uint32, reason string
 	}
 }
 
-// flow returns the entry of a tuple.
-func (r *rig) flow(from, to netip.AddrPort, p lb.Protocol) (maps.Flow, bool) {
+// tuple is a key of the flow tables.
+func tuple(from, to netip.AddrPort, p lb.Protocol) maps.Tuple {
+	k := maps.KeyOf(lb.VIP{Protocol: p, Addr: to.Addr()})
+	return maps.Tuple{Source: from.Addr().As16(), Destination: to.Addr().As16(), SourcePort: from.Port(), DestinationPort: to.Port(), Protocol: k.Protocol}
+}
+
+// flow returns the entry of a tuple in `flows`, or else in `pending`.
+func (r *rig) flow(from, to netip.AddrPort, p lb.Protocol) (f maps.Flow, in string) {
 	r.t.Helper()
-	var found maps.Flow
-	ok := false
-	r.must(r.maps.EachFlow(func(t maps.Tuple, f maps.Flow) bool {
-		if t.From() == from && t.To() == to && lb.Protocol(t.Protocol) == p {
-			found, ok = f, true
+	key := tuple(from, to, p)
+	for _, in := range []string{"flows", "pending"} {
+		err := r.maps.All()[in].Lookup(key, &f)
+		if err == nil {
+			return f, in
 		}
-		return true
-	}))
-	return found, ok
+		if !errors.Is(err, ebpf.ErrKeyNotExist) {
+			r.t.Fatal(err)
+		}
+	}
+	return f, ""
+}
+
+// age makes every entry older, as if the clock had been moved ahead.
+func (r *rig) age(by time.Duration) {
+	r.t.Helper()
+	for _, in := range []string{"flows", "pending"} {
+		m := r.maps.All()[in]
+		entries := map[maps.Tuple]maps.Flow{}
+		var k maps.Tuple
+		var f maps.Flow
+		for i := m.Iterate(); i.Next(&k, &f); {
+			entries[k] = f
+		}
+		for k, f := range entries {
+			f.LastSeenNs -= uint64(by)
+			r.must(m.Put(k, f))
+		}
+	}
 }
 
 func with(p testenv.Packet, f func(*testenv.Packet)) testenv.Packet {
@@ -370,7 +422,7 @@ func permutations(of []uint8) [][]uint8 {
 // TestMutations sends single-field mutations of valid packets to a VIP and elsewhere.
 func TestMutations(t *testing.T) {
 	for _, f := range families {
-		r := newRig(t, loader.Timeouts{})
+		r := newRig(t)
 		r.service(f)
 		for _, m := range mutations() {
 			for protocol := range base(f, f.vip) {
@@ -416,21 +468,25 @@ func TestMutations(t *testing.T) {
 
 // clearFlows forgets every flow, so that a case begins anew.
 func (r *rig) clearFlows() {
-	flows := r.maps.All()["flows"]
-	var keys []maps.Tuple
-	r.must(r.maps.EachFlow(func(t maps.Tuple, _ maps.Flow) bool {
-		keys = append(keys, t)
-		return true
-	}))
-	for _, k := range keys {
-		r.must(flows.Delete(k))
+	r.t.Helper()
+	for _, in := range []string{"flows", "pending"} {
+		m := r.maps.All()[in]
+		var keys []maps.Tuple
+		var k maps.Tuple
+		var f maps.Flow
+		for i := m.Iterate(); i.Next(&k, &f); {
+			keys = append(keys, k)
+		}
+		for _, k := range keys {
+			r.must(m.Delete(k))
+		}
 	}
 }
 
 // TestNotOurs: what is no service's passes byte for byte, whatever it is.
 func TestNotOurs(t *testing.T) {
 	for _, f := range families {
-		r := newRig(t, loader.Timeouts{})
+		r := newRig(t)
 		r.service(f)
 		arp := make([]byte, 60)
 		arp[12], arp[13] = 0x08, 0x06
@@ -471,7 +527,7 @@ func TestNotOurs(t *testing.T) {
 
 // TestMappedAddressOnTheWire: ::ffff:10.96.0.10 in an IPv6 packet is not 10.96.0.10.
 func TestMappedAddressOnTheWire(t *testing.T) {
-	r := newRig(t, loader.Timeouts{})
+	r := newRig(t)
 	v4, v6 := families[0], families[1]
 	r.service(v4)
 	mapped := func(a netip.AddrPort) netip.AddrPort {
@@ -504,7 +560,7 @@ func TestMappedAddressOnTheWire(t *testing.T) {
 // TestReply: what comes back has the VIP as its source, at egress and nowhere else.
 func TestReply(t *testing.T) {
 	for _, f := range families {
-		r := newRig(t, loader.Timeouts{})
+		r := newRig(t)
 		r.service(f)
 		for protocol, p := range base(f, f.vip) {
 			reply := func(from netip.AddrPort) []byte {
@@ -520,9 +576,12 @@ func TestReply(t *testing.T) {
 			// Into the stack, on its way to the backend: nothing to do.
 			r.expect("pod_out", out.Bytes(), pass, "no_flow", out.Bytes())
 			// Back: not before the stack, but behind it.
-			r.expect("pod_in", reply(f.backend), pass, "other_hook", reply(f.backend))
+			r.expect("pod_in", reply(f.backend), pass, "no_service", reply(f.backend))
 			r.expect("pod_out", reply(f.backend), pass, "reply", reply(f.vip))
 			r.expect("node_out", reply(f.backend), pass, "reply", reply(f.vip))
+			r.run("pod_in", with(p, func(p *testenv.Packet) { p.TCPFlags, p.Ack = testenv.ACK, 1<<20 }).Bytes()) // now assured
+			r.expect("pod_in", reply(f.backend), pass, "other_hook", reply(f.backend))
+			r.expect("pod_out", reply(f.backend), pass, "reply", reply(f.vip))
 			// The client's own tuple at egress: another hook.
 			r.expect("node_out", p.Bytes(), pass, "other_hook", p.Bytes())
 			// A first fragment of a reply cannot be followed by its others yet.
@@ -539,7 +598,7 @@ func TestReply(t *testing.T) {
 // TestEndpointsGone: what a service without endpoints does, and that nothing of it is remembered.
 func TestNoBackend(t *testing.T) {
 	for _, f := range families {
-		r := newRig(t, loader.Timeouts{})
+		r := newRig(t)
 		r.frontend(f.vip, 1)
 		for _, p := range base(f, f.vip) {
 			r.expect("pod_in", p.Bytes(), drop, "no_backend", nil)
@@ -553,227 +612,498 @@ func TestNoBackend(t *testing.T) {
 	}
 }
 
+// talk is one connection between a client and a backend, packet by packet, with sequence numbers.
+type talk struct {
+	r            *rig
+	client, vip  netip.AddrPort
+	at           netip.AddrPort // the backend, and the port by which it knows the client
+	as           netip.AddrPort
+	up, down     uint32 // the next sequence numbers
+	upAck, dnAck uint32 // what each side has acknowledged of the other's
+}
+
+func (r *rig) talk(f family) *talk {
+	return &talk{r: r, client: f.client, vip: f.vip, at: f.backend, as: f.client, up: 1000, down: 5000}
+}
+
+// segment is the client's next segment.
+func (c *talk) segment(flags uint8) testenv.Packet {
+	p := testenv.SegmentTCP(c.client, c.vip, flags)
+	p.Seq, p.Ack = c.up, c.upAck
+	return p
+}
+
+// reply is the backend's next segment.
+func (c *talk) reply(flags uint8) testenv.Packet {
+	p := testenv.SegmentTCP(c.at, c.as, flags)
+	p.Seq, p.Ack = c.down, c.dnAck
+	return p
+}
+
+// send takes a segment of the client to the backend; it must be translated, and for this reason.
+func (c *talk) send(flags uint8, reason string) {
+	c.r.t.Helper()
+	p := c.segment(flags)
+	out := p
+	out.Source, out.Destination = c.as, c.at
+	c.r.expect("node_in", p.Bytes(), pass, reason, out.Bytes())
+	if flags&(testenv.SYN|testenv.FIN) != 0 {
+		c.up++
+	}
+	c.dnAck = c.up
+}
+
+// answer takes a segment of the backend to the client.
+func (c *talk) answer(flags uint8) {
+	c.r.t.Helper()
+	p := c.reply(flags)
+	out := p
+	out.Source, out.Destination = c.vip, c.client
+	c.r.expect("node_out", p.Bytes(), pass, "reply", out.Bytes())
+	if flags&(testenv.SYN|testenv.FIN) != 0 {
+		c.down++
+	}
+	c.upAck = c.down
+}
+
+// open is the handshake.
+func (c *talk) open() {
+	c.r.t.Helper()
+	c.send(testenv.SYN, "new_flow")
+	c.answer(testenv.SYN | testenv.ACK)
+	c.send(testenv.ACK, "forward")
+	if _, in := c.r.flow(c.client, c.vip, lb.TCP); in != "flows" {
+		c.r.t.Errorf("after the handshake the flow is in %q", in)
+	}
+}
+
+// TestAssured: a flow goes to `flows` when the client has spoken again after the backend's answer, not before.
+func TestAssured(t *testing.T) {
+	for _, f := range families {
+		r := newRig(t)
+		r.service(f)
+		where := func(p lb.Protocol, want string) {
+			t.Helper()
+			for _, half := range []maps.Tuple{tuple(f.client, f.vip, p), tuple(f.backend, f.client, p)} {
+				if _, in := r.flow(half.From(), half.To(), p); in != want {
+					t.Errorf("%s %s: %s > %s is in %q, want %q", f.name, p, half.From(), half.To(), in, want)
+				}
+			}
+		}
+		c := r.talk(f)
+		c.send(testenv.SYN, "new_flow")
+		where(lb.TCP, "pending")
+		c.up--
+		c.send(testenv.SYN, "forward") // sent again
+		where(lb.TCP, "pending")
+		stray := c.segment(testenv.ACK) // guessed
+		stray.Ack = c.down - 7
+		r.run("node_in", stray.Bytes())
+		where(lb.TCP, "pending")
+		c.answer(testenv.SYN | testenv.ACK)
+		where(lb.TCP, "pending")
+		stray.Ack = c.down - 1 // the SYN is not acknowledged
+		r.run("node_in", stray.Bytes())
+		where(lb.TCP, "pending")
+		c.send(testenv.ACK, "forward")
+		where(lb.TCP, "flows")
+		c.answer(testenv.ACK)
+		c.send(testenv.ACK, "forward")
+
+		up := testenv.DatagramUDP(f.client, f.vip, "question")
+		down := testenv.DatagramUDP(f.backend, f.client, "answer")
+		for range 3 {
+			r.run("node_in", up.Bytes()) // a flood of one
+		}
+		where(lb.UDP, "pending")
+		r.run("node_out", down.Bytes())
+		r.run("node_out", down.Bytes())
+		where(lb.UDP, "pending") // one question, one answer
+		r.run("node_in", up.Bytes())
+		where(lb.UDP, "flows")
+		r.expect("node_out", down.Bytes(), pass, "reply", with(down, func(p *testenv.Packet) { p.Source = f.vip }).Bytes())
+	}
+}
+
 // TestGeneration: UDP packets and SYNs of a backend whose generation changed look again; other TCP goes on.
 func TestGeneration(t *testing.T) {
 	for _, f := range families {
+		udp := testenv.DatagramUDP(f.client, f.vip, "hello")
 		to := func(p testenv.Packet, a netip.AddrPort) []byte {
 			p.Destination = a
 			return p.Bytes()
 		}
-		udp := base(f, f.vip)["udp"]
-		syn := base(f, f.vip)["tcp"]
-		ack := with(syn, func(p *testenv.Packet) { p.TCPFlags = testenv.ACK })
-		begin := func() *rig {
-			r := newRig(t, loader.Timeouts{})
-			r.service(f)
-			r.backend(2, 1, f.backend2, maps.BackendActive, 1)
-			r.expect("node_in", udp.Bytes(), pass, "new_flow", to(udp, f.backend))
-			r.expect("node_in", syn.Bytes(), pass, "new_flow", to(syn, f.backend))
-			r.expect("node_in", ack.Bytes(), pass, "forward", to(ack, f.backend))
-			return r
+		for _, assured := range []bool{true, false} {
+			begin := func(t *testing.T) (*rig, *talk) {
+				r := newRig(t)
+				r.service(f)
+				r.backend(2, 1, f.backend2, maps.BackendActive, 1)
+				c := r.talk(f)
+				r.expect("node_in", udp.Bytes(), pass, "new_flow", to(udp, f.backend))
+				if assured {
+					r.run("node_out", testenv.DatagramUDP(f.backend, f.client, "x").Bytes())
+					r.expect("node_in", udp.Bytes(), pass, "forward", to(udp, f.backend))
+					c.open()
+				} else {
+					c.send(testenv.SYN, "new_flow")
+				}
+				return r, c
+			}
+			life := func(state maps.BackendState, generation uint32) maps.BackendLife {
+				return maps.BackendLife{Generation: generation, State: state, Port: f.backend.Port()}
+			}
+			syn := func(r *rig, c *talk, at netip.AddrPort) {
+				t.Helper()
+				p := c.segment(testenv.SYN)
+				r.expect("node_in", p.Bytes(), pass, "new_flow", to(p, at))
+			}
+			for name, test := range map[string]func(t *testing.T){
+				"removed": func(t *testing.T) {
+					r, c := begin(t)
+					r.slots(1, 2)
+					r.expect("node_in", udp.Bytes(), pass, "forward", to(udp, f.backend)) // until the generation says so
+					r.must(r.maps.SetBackendLife(1, life(maps.BackendRemoved, 2)))
+					r.expect("node_in", udp.Bytes(), pass, "new_flow", to(udp, f.backend2))
+					r.expect("node_in", udp.Bytes(), pass, "forward", to(udp, f.backend2))
+					c.send(testenv.ACK, "forward") // an established connection goes on
+					syn(r, c, f.backend2)
+					// The new flow's replies are translated, and those that were on their way.
+					for _, b := range []netip.AddrPort{f.backend, f.backend2} {
+						reply := testenv.DatagramUDP(b, f.client, "x")
+						want := reply
+						want.Source = f.vip
+						r.expect("node_out", reply.Bytes(), pass, "reply", want.Bytes())
+					}
+				},
+				"refreshed": func(t *testing.T) {
+					r, _ := begin(t)
+					r.must(r.maps.SetBackendLife(1, life(maps.BackendActive, 2)))
+					r.slots(1, 2) // what would be chosen now
+					r.expect("node_in", udp.Bytes(), pass, "forward", to(udp, f.backend))
+					if flow, _ := r.flow(f.client, f.vip, lb.UDP); flow.Generation != 2 {
+						t.Errorf("the flow's generation is %d, want 2", flow.Generation)
+					}
+				},
+				"draining": func(t *testing.T) {
+					r, _ := begin(t)
+					r.slots(1, 2)
+					r.must(r.maps.SetBackendLife(1, life(maps.BackendDraining, 2)))
+					r.expect("node_in", udp.Bytes(), pass, "forward", to(udp, f.backend))
+				},
+				"id of another service": func(t *testing.T) {
+					r, c := begin(t)
+					r.slots(1, 2)
+					r.backend(1, 7, f.backend, maps.BackendActive, 2) // the id is another's now, at the same address
+					r.expect("node_in", udp.Bytes(), pass, "new_flow", to(udp, f.backend2))
+					c.send(testenv.ACK, "forward")
+				},
+				"id of another address": func(t *testing.T) {
+					r, c := begin(t)
+					r.slots(1, 2)
+					r.backend(1, 1, f.other, maps.BackendActive, 2)
+					r.expect("node_in", udp.Bytes(), pass, "new_flow", to(udp, f.backend2))
+					c.send(testenv.ACK, "forward")
+				},
+				"no endpoint left": func(t *testing.T) {
+					r, _ := begin(t)
+					r.slots(1)
+					r.must(r.maps.SetBackendLife(1, life(maps.BackendRemoved, 2)))
+					r.expect("node_in", udp.Bytes(), drop, "no_backend", nil)
+					r.slots(1, 2)
+					r.expect("node_in", udp.Bytes(), pass, "new_flow", to(udp, f.backend2)) // nothing negative is remembered
+				},
+				"frontend removed": func(t *testing.T) {
+					r, c := begin(t)
+					for _, p := range []lb.Protocol{lb.TCP, lb.UDP} {
+						r.must(r.maps.DeleteFrontend(maps.KeyOf(lb.VIP{Addr: f.vip.Addr(), Port: f.vip.Port(), Protocol: p})))
+					}
+					r.must(r.maps.SetBackendLife(1, life(maps.BackendActive, 2)))
+					r.expect("node_in", udp.Bytes(), pass, "no_service", udp.Bytes())
+					if assured {
+						c.send(testenv.ACK, "forward")
+					}
+				},
+			} {
+				t.Run(fmt.Sprintf("%s/assured %v/%s", f.name, assured, name), test)
+			}
 		}
-		life := func(state maps.BackendState, generation uint32) maps.BackendLife {
-			return maps.BackendLife{Generation: generation, State: state, Port: f.backend.Port()}
-		}
-		t.Run(f.name+"/removed", func(t *testing.T) {
-			r := begin()
-			r.slots(1, 2)
-			r.expect("node_in", udp.Bytes(), pass, "forward", to(udp, f.backend)) // until the generation says so
-			r.must(r.maps.SetBackendLife(1, life(maps.BackendRemoved, 2)))
-			r.expect("node_in", udp.Bytes(), pass, "new_flow", to(udp, f.backend2))
-			r.expect("node_in", udp.Bytes(), pass, "forward", to(udp, f.backend2))
-			r.expect("node_in", ack.Bytes(), pass, "forward", to(ack, f.backend)) // an established connection goes on
-			r.expect("node_in", syn.Bytes(), pass, "new_flow", to(syn, f.backend2))
-			// The new flow's replies are translated, and those that were on their way.
-			for _, b := range []netip.AddrPort{f.backend, f.backend2} {
-				reply := testenv.DatagramUDP(b, f.client, "x")
-				want := reply
-				want.Source = f.vip
-				r.expect("node_out", reply.Bytes(), pass, "reply", want.Bytes())
-			}
-		})
-		t.Run(f.name+"/refreshed", func(t *testing.T) {
-			r := begin()
-			r.must(r.maps.SetBackendLife(1, life(maps.BackendActive, 2)))
-			r.slots(1, 2) // what would be chosen now
-			r.expect("node_in", udp.Bytes(), pass, "forward", to(udp, f.backend))
-			if flow, _ := r.flow(f.client, f.vip, lb.UDP); flow.Generation != 2 {
-				t.Errorf("the flow's generation is %d, want 2", flow.Generation)
-			}
-		})
-		t.Run(f.name+"/draining", func(t *testing.T) {
-			r := begin()
-			r.slots(1, 2)
-			r.must(r.maps.SetBackendLife(1, life(maps.BackendDraining, 2)))
-			r.expect("node_in", udp.Bytes(), pass, "forward", to(udp, f.backend))
-		})
-		t.Run(f.name+"/id of another service", func(t *testing.T) {
-			r := begin()
-			r.slots(1, 2)
-			r.backend(1, 7, f.backend, maps.BackendActive, 2) // the id is another's now, at the same address
-			r.expect("node_in", udp.Bytes(), pass, "new_flow", to(udp, f.backend2))
-			r.expect("node_in", ack.Bytes(), pass, "forward", to(ack, f.backend))
-		})
-		t.Run(f.name+"/id of another address", func(t *testing.T) {
-			r := begin()
-			r.slots(1, 2)
-			r.backend(1, 1, f.other, maps.BackendActive, 2)
-			r.expect("node_in", udp.Bytes(), pass, "new_flow", to(udp, f.backend2))
-			r.expect("node_in", ack.Bytes(), pass, "forward", to(ack, f.backend))
-		})
-		t.Run(f.name+"/no endpoint left", func(t *testing.T) {
-			r := begin()
-			r.slots(1)
-			r.must(r.maps.SetBackendLife(1, life(maps.BackendRemoved, 2)))
-			r.expect("node_in", udp.Bytes(), drop, "no_backend", nil)
-			r.slots(1, 2)
-			r.expect("node_in", udp.Bytes(), pass, "new_flow", to(udp, f.backend2)) // nothing negative is remembered
-		})
-		t.Run(f.name+"/frontend removed", func(t *testing.T) {
-			r := begin()
-			for _, p := range []lb.Protocol{lb.TCP, lb.UDP} {
-				r.must(r.maps.DeleteFrontend(maps.KeyOf(lb.VIP{Addr: f.vip.Addr(), Port: f.vip.Port(), Protocol: p})))
-			}
-			r.must(r.maps.SetBackendLife(1, life(maps.BackendActive, 2)))
-			r.expect("node_in", udp.Bytes(), pass, "no_service", udp.Bytes())
-			r.expect("node_in", ack.Bytes(), pass, "forward", to(ack, f.backend))
-		})
 	}
 }
 
 // TestPortReuse: a SYN on a connection that has ended, or whose entry is past its timeout though still in the
 // table, selects anew.
 func TestPortReuse(t *testing.T) {
-	short := loader.DefaultTimeouts()
-	short.TCPEstablished = 50 * time.Millisecond
 	for _, f := range families {
-		syn := base(f, f.vip)["tcp"]
-		flags := func(set uint8) testenv.Packet {
-			return with(syn, func(p *testenv.Packet) { p.TCPFlags = set })
-		}
-		back := func(set uint8) []byte {
-			p := testenv.SegmentTCP(f.backend, f.client, set)
-			return p.Bytes()
-		}
 		for _, end := range []struct {
-			name     string
-			timeouts loader.Timeouts
-			do       func(r *rig)
-			anew     bool
+			name string
+			do   func(c *talk)
+			anew bool
 		}{
-			{"open", loader.Timeouts{}, func(r *rig) {}, false},
-			{"RST of the client", loader.Timeouts{}, func(r *rig) { r.run("node_in", flags(testenv.RST).Bytes()) }, true},
-			{"RST of the backend", loader.Timeouts{}, func(r *rig) { r.run("node_out", back(testenv.RST)) }, true},
-			{"FIN of the client", loader.Timeouts{}, func(r *rig) { r.run("node_in", flags(testenv.FIN|testenv.ACK).Bytes()) }, false},
-			{"FIN of the backend", loader.Timeouts{}, func(r *rig) { r.run("node_out", back(testenv.FIN|testenv.ACK)) }, false},
-			{"FIN of both", loader.Timeouts{}, func(r *rig) {
-				r.run("node_in", flags(testenv.FIN|testenv.ACK).Bytes())
-				r.run("node_out", back(testenv.FIN|testenv.ACK))
+			{"open", func(c *talk) {}, false},
+			{"RST of the client", func(c *talk) { c.send(testenv.RST, "forward") }, true},
+			{"RST of the backend", func(c *talk) { c.answer(testenv.RST) }, true},
+			{"RST of the backend, its data in flight", func(c *talk) {
+				c.send(testenv.RST, "forward")
+				c.answer(testenv.ACK)
 			}, true},
-			{"RST that was no end", loader.Timeouts{}, func(r *rig) {
-				r.run("node_out", back(testenv.RST))
-				r.run("node_out", back(testenv.ACK))
+			{"FIN of the client", func(c *talk) { c.send(testenv.FIN|testenv.ACK, "forward") }, false},
+			{"FIN of the backend", func(c *talk) { c.answer(testenv.FIN | testenv.ACK) }, false},
+			{"FIN of both", func(c *talk) {
+				c.send(testenv.FIN|testenv.ACK, "forward")
+				c.answer(testenv.FIN | testenv.ACK)
+				c.send(testenv.ACK, "forward")
+			}, true},
+			{"RST that was no end", func(c *talk) {
+				c.answer(testenv.RST)
+				c.answer(testenv.ACK)
 			}, false},
-			{"past the timeout", short, func(r *rig) { time.Sleep(80 * time.Millisecond) }, true},
+			{"RST behind the window", func(c *talk) {
+				c.down -= 9
+				c.answer(testenv.RST)
+				c.down += 9
+			}, false},
+			{"RST ahead of the window", func(c *talk) {
+				c.down += 9
+				c.answer(testenv.RST)
+				c.down -= 9
+			}, false},
+			{"FIN behind the window", func(c *talk) {
+				c.send(testenv.FIN|testenv.ACK, "forward")
+				c.down -= 9
+				c.answer(testenv.FIN | testenv.ACK)
+			}, false},
+			{"past the timeout", func(c *talk) { c.r.age(24*time.Hour + time.Second) }, true},
 		} {
 			t.Run(f.name+"/"+end.name, func(t *testing.T) {
-				r := newRig(t, end.timeouts)
+				r := newRig(t)
 				r.service(f)
 				r.backend(2, 1, f.backend2, maps.BackendActive, 1)
-				first, second := syn, syn
-				first.Destination, second.Destination = f.backend, f.backend2
-				r.expect("node_in", syn.Bytes(), pass, "new_flow", first.Bytes())
-				r.run("node_out", back(testenv.SYN|testenv.ACK))
-				r.run("node_in", flags(testenv.ACK).Bytes())
+				c := r.talk(f)
+				c.open()
 				r.slots(1, 2) // what a new choice will be
-				end.do(r)
-				if _, there := r.flow(f.client, f.vip, lb.TCP); !there {
-					t.Fatal("the old entry is gone; it should be in the way")
+				end.do(c)
+				if _, in := r.flow(f.client, f.vip, lb.TCP); in != "flows" {
+					t.Fatalf("the old entry is in %q; it should be in the way", in)
 				}
+				c.up = 90000
 				if end.anew {
-					r.expect("node_in", syn.Bytes(), pass, "new_flow", second.Bytes())
+					c.at = f.backend2
+					c.open()
 				} else {
-					r.expect("node_in", syn.Bytes(), pass, "forward", first.Bytes())
+					c.send(testenv.SYN, "forward")
 				}
 			})
 		}
-	}
-}
-
-// TestTimeouts: how long an entry of each state lives, by what flow_timeout_ns says of it.
-func TestTimeouts(t *testing.T) {
-	f := families[0]
-	const tick = 100 * time.Millisecond
-	long := time.Hour
-	for _, c := range []struct {
-		name     string
-		protocol string
-		shorten  func(*loader.Timeouts)
-		packets  func(r *rig, client, back func(flags uint8))
-		dies     bool
-	}{
-		{"TCP without an answer", "tcp", func(t *loader.Timeouts) { t.TCPNew = tick }, func(r *rig, c, b func(uint8)) {}, true},
-		{"TCP answered", "tcp", func(t *loader.Timeouts) { t.TCPNew = tick }, func(r *rig, c, b func(uint8)) { b(testenv.SYN | testenv.ACK) }, false},
-		{"TCP half closed", "tcp", func(t *loader.Timeouts) { t.TCPHalfClosed = tick }, func(r *rig, c, b func(uint8)) {
-			b(testenv.SYN | testenv.ACK)
-			b(testenv.FIN | testenv.ACK)
-		}, true},
-		{"TCP closed", "tcp", func(t *loader.Timeouts) { t.TCPClosed = tick }, func(r *rig, c, b func(uint8)) {
-			b(testenv.SYN | testenv.ACK)
-			b(testenv.FIN | testenv.ACK)
-			c(testenv.FIN | testenv.ACK)
-		}, true},
-		{"TCP reset", "tcp", func(t *loader.Timeouts) { t.Reset = tick }, func(r *rig, c, b func(uint8)) { b(testenv.RST) }, true},
-		{"UDP without an answer", "udp", func(t *loader.Timeouts) { t.UDPNew = tick }, func(r *rig, c, b func(uint8)) {}, true},
-		{"UDP answered, short for the unanswered", "udp", func(t *loader.Timeouts) { t.UDPNew = tick }, func(r *rig, c, b func(uint8)) { b(0) }, false},
-		{"UDP answered", "udp", func(t *loader.Timeouts) { t.UDP = tick }, func(r *rig, c, b func(uint8)) { b(0) }, true},
-	} {
-		t.Run(c.name, func(t *testing.T) {
-			timeouts := loader.Timeouts{TCPNew: long, TCPEstablished: long, TCPHalfClosed: long, TCPClosed: long, Reset: long, UDPNew: long, UDP: long}
-			c.shorten(&timeouts)
-			r := newRig(t, timeouts)
+		t.Run(f.name+"/the same backend again", func(t *testing.T) {
+			r := newRig(t)
 			r.service(f)
-			first := base(f, f.vip)[c.protocol]
-			r.run("node_in", first.Bytes())
-			c.packets(r, func(flags uint8) {
-				r.run("node_in", with(first, func(p *testenv.Packet) { p.TCPFlags = flags }).Bytes())
-			}, func(flags uint8) {
-				p := testenv.SegmentTCP(f.backend, f.client, flags)
-				if c.protocol == "udp" {
-					p = testenv.DatagramUDP(f.backend, f.client, "x")
-				}
-				r.run("node_out", p.Bytes())
-			})
-			time.Sleep(tick + 20*time.Millisecond)
-			reply := testenv.DatagramUDP(f.backend, f.client, "x")
-			if c.protocol == "tcp" {
-				reply = testenv.SegmentTCP(f.backend, f.client, testenv.ACK)
-			}
-			want := "reply"
-			if c.dies {
-				want = "no_flow"
-			}
-			if got := r.run("node_out", reply.Bytes()).Reason; got != want {
-				t.Errorf("the reply half: %s, want %s", got, want)
-			}
+			c := r.talk(f)
+			c.open()
+			c.send(testenv.RST, "forward")
+			c.up = 90000
+			c.open()
 		})
 	}
 }
 
-// TestTupleTaken: two flows must not become one at the backend.
-func TestTupleTaken(t *testing.T) {
+// TestTimeouts: how long an entry of each state lives.
+func TestTimeouts(t *testing.T) {
+	const moment = time.Second
 	for _, f := range families {
-		r := newRig(t, loader.Timeouts{})
-		r.service(f)
-		r.backend(2, 2, f.backend, maps.BackendActive, 1)
-		r.slots(2, 2)
-		r.frontend(f.vip2, 2)
-		for protocol, p := range base(f, f.vip) {
-			out := p
-			out.Destination = f.backend
-			r.expect("node_in", p.Bytes(), pass, "new_flow", out.Bytes())
-			r.expect("node_in", base(f, f.vip2)[protocol].Bytes(), drop, "tuple_taken", nil)
-			r.expect("node_in", p.Bytes(), pass, "forward", out.Bytes()) // the first is as it was
+		for _, state := range []struct {
+			name  string
+			reach func(c *talk)
+			lives time.Duration
+		}{
+			{"not answered", func(c *talk) { c.send(testenv.SYN, "new_flow") }, time.Minute},
+			{"answered", func(c *talk) {
+				c.send(testenv.SYN, "new_flow")
+				c.answer(testenv.SYN | testenv.ACK)
+			}, time.Minute},
+			{"refused", func(c *talk) {
+				c.send(testenv.SYN, "new_flow")
+				c.answer(testenv.RST | testenv.ACK)
+			}, 10 * time.Second},
+			{"established", func(c *talk) { c.open() }, 24 * time.Hour},
+			{"half closed", func(c *talk) {
+				c.open()
+				c.answer(testenv.FIN | testenv.ACK)
+			}, time.Hour},
+			{"closed", func(c *talk) {
+				c.open()
+				c.answer(testenv.FIN | testenv.ACK)
+				c.send(testenv.FIN|testenv.ACK, "forward")
+			}, time.Minute},
+			{"reset", func(c *talk) {
+				c.open()
+				c.answer(testenv.RST)
+			}, 10 * time.Second},
+			{"reset ahead of the window", func(c *talk) {
+				c.open()
+				c.down += 9
+				c.answer(testenv.RST)
+				c.down -= 9
+			}, time.Hour},
+			{"reset behind the window", func(c *talk) {
+				c.open()
+				c.down -= 9
+				c.answer(testenv.RST)
+				c.down += 9
+			}, 24 * time.Hour},
+		} {
+			t.Run(f.name+"/"+state.name, func(t *testing.T) {
+				r := newRig(t)
+				r.service(f)
+				c := r.talk(f)
+				state.reach(c)
+				for _, after := range []struct {
+					by   time.Duration
+					want string
+				}{{state.lives - moment, "reply"}, {2 * moment, "no_flow"}} {
+					r.age(after.by)
+					// Asked of egress by a reset, which makes nothing younger that it finds dead; what it
+					// finds alive is put back.
+					before := map[string]maps.Flow{}
+					for _, in := range []string{"flows", "pending"} {
+						var flow maps.Flow
+						if r.maps.All()[in].Lookup(tuple(f.backend, f.client, lb.TCP), &flow) == nil {
+							before[in] = flow
+						}
+					}
+					if got := r.run("node_out", c.reply(testenv.ACK).Bytes()).Reason; got != after.want {
+						t.Errorf("after %v: %s, want %s", after.by, got, after.want)
+					}
+					for in, flow := range before {
+						r.must(r.maps.All()[in].Put(tuple(f.backend, f.client, lb.TCP), flow))
+					}
+				}
+			})
+		}
+	}
+}
+
+// TestClash: two flows that would be one at the backend: the newcomer is known to it by another port, and both
+// are translated to their ends.
+func TestClash(t *testing.T) {
+	for _, f := range families {
+		second := map[string]struct {
+			to       netip.AddrPort
+			identity bool
+		}{"two VIPs": {f.vip2, false}, "direct": {f.backend, true}}
+		for name, other := range second {
+			for _, otherFirst := range []bool{false, true} {
+				for _, protocol := range []lb.Protocol{lb.TCP, lb.UDP} {
+					t.Run(fmt.Sprintf("%s/%s/other first %v/%s", f.name, name, otherFirst, protocol), func(t *testing.T) {
+						r := newRig(t)
+						r.service(f)
+						r.backend(2, 2, f.backend, maps.BackendActive, 1)
+						r.slots(2, 2)
+						r.frontend(f.vip2, 2)
+						for _, p := range []lb.Protocol{lb.TCP, lb.UDP} {
+							r.must(r.maps.SetFrontend(maps.KeyOf(lb.VIP{Addr: f.backend.Addr(), Port: f.backend.Port(), Protocol: p}),
+								maps.FrontendOf(0, lb.Identity)))
+						}
+						order := []netip.AddrPort{f.vip, other.to}
+						if otherFirst {
+							order = []netip.AddrPort{other.to, f.vip}
+						}
+						// How the backend sees each.
+						as := map[netip.AddrPort]netip.AddrPort{}
+						for round := range 3 {
+							for i, to := range order {
+								up := testenv.DatagramUDP(f.client, to, "x")
+								if protocol == lb.TCP {
+									up = testenv.SegmentTCP(f.client, to, testenv.SYN)
+									if round > 0 {
+										up.TCPFlags, up.Seq, up.Ack = testenv.ACK, 1, 1001
+									}
+								}
+								got := r.run("node_in", up.Bytes())
+								seen, err := testenv.Parse(got.Frame)
+								r.must(err)
+								if got.Verdict != pass || seen.Destination != f.backend || testenv.CheckSums(got.Frame) != nil {
+									t.Fatalf("%s: %s, %s", testenv.Describe(up.Bytes()), got.Reason, testenv.Describe(got.Frame))
+								}
+								if round == 0 {
+									as[to] = seen.Source
+									if first := i == 0; first != (seen.Source == f.client) {
+										t.Errorf("flow %d is seen as %s", i, seen.Source)
+									}
+								} else if as[to] != seen.Source {
+									t.Errorf("%s was seen as %s, then as %s", to, as[to], seen.Source)
+								}
+								// On through the stack: egress to the backend does nothing more.
+								if out := r.run("pod_out", got.Frame); !bytes.Equal(out.Frame, got.Frame) {
+									t.Errorf("egress made %s of %s", testenv.Describe(out.Frame), testenv.Describe(got.Frame))
+								}
+							}
+							for _, to := range order {
+								down := testenv.DatagramUDP(f.backend, as[to], "x")
+								if protocol == lb.TCP {
+									down = testenv.SegmentTCP(f.backend, as[to], testenv.SYN|testenv.ACK)
+									down.Seq, down.Ack = 1000, 1
+									if round > 0 {
+										down.TCPFlags, down.Seq = testenv.ACK, 1001
+									}
+								}
+								in := r.run("pod_in", down.Bytes())
+								if in.Verdict != pass || !bytes.Equal(in.Frame, down.Bytes()) {
+									t.Errorf("before the stack: %s of %s", testenv.Describe(in.Frame), testenv.Describe(down.Bytes()))
+								}
+								want := down
+								want.Source, want.Destination = to, f.client
+								out := r.run("node_out", down.Bytes())
+								if out.Verdict != pass || !bytes.Equal(out.Frame, want.Bytes()) {
+									t.Errorf("reply of %s (%s): %s, want %s", to, out.Reason, testenv.Describe(out.Frame), testenv.Describe(want.Bytes()))
+								}
+							}
+						}
+						for _, to := range order {
+							if _, in := r.flow(f.client, to, protocol); in != "flows" {
+								t.Errorf("the flow to %s is in %q", to, in)
+							}
+						}
+					})
+				}
+			}
+		}
+	}
+}
+
+// TestLostHalf: the LRU takes one half of a flow; the next packet of the other brings it back.
+func TestLostHalf(t *testing.T) {
+	for _, f := range families {
+		for _, lost := range []string{"forward", "reply"} {
+			for _, first := range []string{"client", "backend"} {
+				t.Run(f.name+"/"+lost+" lost, "+first+" speaks", func(t *testing.T) {
+					r := newRig(t)
+					r.service(f)
+					c := r.talk(f)
+					c.open()
+					r.age(2 * time.Second) // of silence
+					key := tuple(f.client, f.vip, lb.TCP)
+					if lost == "reply" {
+						key = tuple(f.backend, f.client, lb.TCP)
+					}
+					for _, in := range []string{"flows", "pending"} {
+						r.must(r.maps.All()[in].Delete(key))
+					}
+					r.slots(1) // nothing can be chosen anew
+					speak := map[string]func(){
+						"client":  func() { c.send(testenv.ACK, "forward") },
+						"backend": func() { c.answer(testenv.ACK) },
+					}
+					if (lost == "forward") == (first == "client") {
+						t.Skip("the half that is lost is the one that is needed: the next packet is chosen for like a new one")
+					}
+					speak[first]()
+					if _, in := r.flow(key.From(), key.To(), lb.TCP); in != "flows" {
+						t.Errorf("the lost half is in %q", in)
+					}
+					c.answer(testenv.ACK)
+					c.send(testenv.ACK, "forward")
+				})
+			}
 		}
 	}
 }
@@ -781,7 +1111,7 @@ func TestTupleTaken(t *testing.T) {
 // TestSelection: a tuple's choice is stable, and all choices together are even.
 func TestSelection(t *testing.T) {
 	for _, f := range families {
-		r := newRig(t, loader.Timeouts{})
+		r := newRig(t)
 		const backends, clients = 7, 4000
 		var ids []uint32
 		for i := range uint32(backends) {
@@ -823,7 +1153,7 @@ func TestSelection(t *testing.T) {
 // TestCounts: a flow counts its packets and the bytes of IP.
 func TestCounts(t *testing.T) {
 	f := families[0]
-	r := newRig(t, loader.Timeouts{})
+	r := newRig(t)
 	r.service(f)
 	p := base(f, f.vip)["udp"].Bytes()
 	for range 3 {

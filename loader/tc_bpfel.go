@@ -15,12 +15,12 @@ import (
 
 type tcFlowTimeouts struct {
 	_              structs.HostLayout
-	TcpNew         uint64
+	TcpPending     uint64
 	TcpEstablished uint64
 	TcpHalfClosed  uint64
 	TcpClosed      uint64
 	Reset          uint64
-	UdpNew         uint64
+	UdpPending     uint64
 	Udp            uint64
 }
 
@@ -29,8 +29,11 @@ type tcFlowTimeouts struct {
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
 	tcMapBackends         = "backends"
+	tcMapChanges          = "changes"
+	tcMapFlowLocks        = "flow_locks"
 	tcMapFlows            = "flows"
 	tcMapFrontends        = "frontends"
+	tcMapPending          = "pending"
 	tcMapReasons          = "reasons"
 	tcMapRecord           = "record"
 	tcMapServiceNames     = "service_names"
@@ -99,8 +102,11 @@ type tcProgramSpecs struct {
 // It can be passed ebpf.CollectionSpec.Assign.
 type tcMapSpecs struct {
 	Backends     *ebpf.MapSpec `ebpf:"backends"`
+	Changes      *ebpf.MapSpec `ebpf:"changes"`
+	FlowLocks    *ebpf.MapSpec `ebpf:"flow_locks"`
 	Flows        *ebpf.MapSpec `ebpf:"flows"`
 	Frontends    *ebpf.MapSpec `ebpf:"frontends"`
+	Pending      *ebpf.MapSpec `ebpf:"pending"`
 	Reasons      *ebpf.MapSpec `ebpf:"reasons"`
 	Record       *ebpf.MapSpec `ebpf:"record"`
 	ServiceNames *ebpf.MapSpec `ebpf:"service_names"`
@@ -139,8 +145,11 @@ func (o *tcObjects) Close() error {
 // It can be passed to loadTcObjects or ebpf.CollectionSpec.LoadAndAssign.
 type tcMaps struct {
 	Backends     *ebpf.Map `ebpf:"backends"`
+	Changes      *ebpf.Map `ebpf:"changes"`
+	FlowLocks    *ebpf.Map `ebpf:"flow_locks"`
 	Flows        *ebpf.Map `ebpf:"flows"`
 	Frontends    *ebpf.Map `ebpf:"frontends"`
+	Pending      *ebpf.Map `ebpf:"pending"`
 	Reasons      *ebpf.Map `ebpf:"reasons"`
 	Record       *ebpf.Map `ebpf:"record"`
 	ServiceNames *ebpf.Map `ebpf:"service_names"`
@@ -151,8 +160,11 @@ type tcMaps struct {
 func (m *tcMaps) Close() error {
 	return _TcClose(
 		m.Backends,
+		m.Changes,
+		m.FlowLocks,
 		m.Flows,
 		m.Frontends,
+		m.Pending,
 		m.Reasons,
 		m.Record,
 		m.ServiceNames,

@@ -38,6 +38,23 @@ const (
 	bpfBackendStateBACKEND_REMOVED  bpfBackendState = 3
 )
 
+type bpfChange struct {
+	_          structs.HostLayout
+	T          bpfTuple
+	U          bpfTuple
+	T_back     bpfTuple
+	U_back     bpfTuple
+	OldBack    bpfTuple
+	Value      bpfFlow
+	NowNs      uint64
+	Lock       uint32
+	Service    uint32
+	Backend    uint32
+	Generation uint32
+	Flags      uint32
+	Bytes      uint32
+}
+
 type bpfFlow struct {
 	_               structs.HostLayout
 	To              bpfTuple
@@ -55,12 +72,20 @@ type bpfFlow struct {
 	Bytes           uint64
 }
 
+type bpfFlowFlags uint32
+
+const (
+	bpfFlowFlagsFLOW_ACKNOWLEDGED bpfFlowFlags = 1
+	bpfFlowFlagsFLOW_ANSWERED     bpfFlowFlags = 2
+)
+
 type bpfFlowHook uint8
 
 const (
 	bpfFlowHookAT_NONE    bpfFlowHook = 0
 	bpfFlowHookAT_INGRESS bpfFlowHook = 1
 	bpfFlowHookAT_EGRESS  bpfFlowHook = 2
+	bpfFlowHookAT_BOTH    bpfFlowHook = 3
 )
 
 type bpfFlowRole uint8
@@ -74,10 +99,12 @@ const (
 type bpfFlowState uint32
 
 const (
-	bpfFlowStateFLOW_ANSWERED    bpfFlowState = 1
-	bpfFlowStateFLOW_CLIENT_FIN  bpfFlowState = 2
-	bpfFlowStateFLOW_BACKEND_FIN bpfFlowState = 4
-	bpfFlowStateFLOW_RST         bpfFlowState = 8
+	bpfFlowStateFLOW_CLIENT_FIN  bpfFlowState = 1
+	bpfFlowStateFLOW_BACKEND_FIN bpfFlowState = 2
+	bpfFlowStateFLOW_CLIENT_RST  bpfFlowState = 4
+	bpfFlowStateFLOW_BACKEND_RST bpfFlowState = 8
+	bpfFlowStateFLOW_RST_AHEAD   bpfFlowState = 16
+	bpfFlowStateFLOW_MOVED       bpfFlowState = 32
 )
 
 type bpfFrontend struct {
@@ -144,7 +171,10 @@ const (
 	bpfReasonREASON_TUPLE_TAKEN     bpfReason = 20
 	bpfReasonREASON_TABLE_FULL      bpfReason = 21
 	bpfReasonREASON_NOT_WRITABLE    bpfReason = 22
-	bpfReasonREASON_COUNT           bpfReason = 23
+	bpfReasonREASON_LOCK_BUSY       bpfReason = 23
+	bpfReasonREASON_DIRECT          bpfReason = 24
+	bpfReasonREASON_NEW_DIRECT      bpfReason = 25
+	bpfReasonREASON_COUNT           bpfReason = 26
 )
 
 type bpfRecord struct {
@@ -193,13 +223,17 @@ type bpfTuple struct {
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
 	bpfMapBackends       = "backends"
+	bpfMapChanges        = "changes"
+	bpfMapFlowLocks      = "flow_locks"
 	bpfMapFlows          = "flows"
 	bpfMapFrontends      = "frontends"
+	bpfMapPending        = "pending"
 	bpfMapReasons        = "reasons"
 	bpfMapRecord         = "record"
 	bpfMapServiceNames   = "service_names"
 	bpfMapServices       = "services"
 	bpfMapSlots          = "slots"
+	bpfVarFlowFlagsNames = "flow_flags_names"
 	bpfVarFlowStateNames = "flow_state_names"
 	bpfVarReasonNames    = "reason_names"
 )
@@ -253,8 +287,11 @@ type bpfProgramSpecs struct {
 // It can be passed ebpf.CollectionSpec.Assign.
 type bpfMapSpecs struct {
 	Backends     *ebpf.MapSpec `ebpf:"backends"`
+	Changes      *ebpf.MapSpec `ebpf:"changes"`
+	FlowLocks    *ebpf.MapSpec `ebpf:"flow_locks"`
 	Flows        *ebpf.MapSpec `ebpf:"flows"`
 	Frontends    *ebpf.MapSpec `ebpf:"frontends"`
+	Pending      *ebpf.MapSpec `ebpf:"pending"`
 	Reasons      *ebpf.MapSpec `ebpf:"reasons"`
 	Record       *ebpf.MapSpec `ebpf:"record"`
 	ServiceNames *ebpf.MapSpec `ebpf:"service_names"`
@@ -266,6 +303,7 @@ type bpfMapSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type bpfVariableSpecs struct {
+	FlowFlagsNames *ebpf.VariableSpec `ebpf:"flow_flags_names"`
 	FlowStateNames *ebpf.VariableSpec `ebpf:"flow_state_names"`
 	ReasonNames    *ebpf.VariableSpec `ebpf:"reason_names"`
 }
@@ -291,8 +329,11 @@ func (o *bpfObjects) Close() error {
 // It can be passed to loadBpfObjects or ebpf.CollectionSpec.LoadAndAssign.
 type bpfMaps struct {
 	Backends     *ebpf.Map `ebpf:"backends"`
+	Changes      *ebpf.Map `ebpf:"changes"`
+	FlowLocks    *ebpf.Map `ebpf:"flow_locks"`
 	Flows        *ebpf.Map `ebpf:"flows"`
 	Frontends    *ebpf.Map `ebpf:"frontends"`
+	Pending      *ebpf.Map `ebpf:"pending"`
 	Reasons      *ebpf.Map `ebpf:"reasons"`
 	Record       *ebpf.Map `ebpf:"record"`
 	ServiceNames *ebpf.Map `ebpf:"service_names"`
@@ -303,8 +344,11 @@ type bpfMaps struct {
 func (m *bpfMaps) Close() error {
 	return _BpfClose(
 		m.Backends,
+		m.Changes,
+		m.FlowLocks,
 		m.Flows,
 		m.Frontends,
+		m.Pending,
 		m.Reasons,
 		m.Record,
 		m.ServiceNames,
@@ -317,6 +361,7 @@ func (m *bpfMaps) Close() error {
 //
 // It can be passed to loadBpfObjects or ebpf.CollectionSpec.LoadAndAssign.
 type bpfVariables struct {
+	FlowFlagsNames *ebpf.Variable `ebpf:"flow_flags_names"`
 	FlowStateNames *ebpf.Variable `ebpf:"flow_state_names"`
 	ReasonNames    *ebpf.Variable `ebpf:"reason_names"`
 }

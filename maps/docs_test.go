@@ -46,6 +46,9 @@ func TestMapsDocument(t *testing.T) {
 		if !strings.HasPrefix(doc.text, first) {
 			t.Errorf("docs/maps.md: %s should begin with %q, not %q", name, first, doc.text[:min(len(doc.text), 60)])
 		}
+		if name == "changes" {
+			continue // scratch memory
+		}
 		var want []string
 		if s, ok := btf.UnderlyingType(m.Key).(*btf.Struct); ok {
 			want = fields("key.", s)

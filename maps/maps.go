@@ -52,14 +52,16 @@ const (
 
 // The flags of a flow's state.
 const (
-	FlowAnswered   = uint8(bpfFlowStateFLOW_ANSWERED)
 	FlowClientFIN  = uint8(bpfFlowStateFLOW_CLIENT_FIN)
 	FlowBackendFIN = uint8(bpfFlowStateFLOW_BACKEND_FIN)
-	FlowRST        = uint8(bpfFlowStateFLOW_RST)
+	FlowClientRST  = uint8(bpfFlowStateFLOW_CLIENT_RST)
+	FlowBackendRST = uint8(bpfFlowStateFLOW_BACKEND_RST)
+	FlowRSTAhead   = uint8(bpfFlowStateFLOW_RST_AHEAD)
+	FlowMoved      = uint8(bpfFlowStateFLOW_MOVED)
 )
 
 // LayoutVersion is that of bpf/types.h; a test holds the two together.
-const LayoutVersion = 1
+const LayoutVersion = 2
 
 var (
 	// ErrInUse says that another agent owns the maps of a folder.
@@ -103,6 +105,8 @@ func (s Sizes) of(name string) uint32 {
 		return s.Backends
 	case "flows":
 		return s.Flows
+	case "pending":
+		return s.Flows / 4
 	}
 	return 0
 }
@@ -318,6 +322,7 @@ func (m *Maps) pointers() map[string]**ebpf.Map {
 	return map[string]**ebpf.Map{
 		"frontends": &m.bpf.Frontends, "services": &m.bpf.Services, "service_names": &m.bpf.ServiceNames,
 		"slots": &m.bpf.Slots, "backends": &m.bpf.Backends, "flows": &m.bpf.Flows,
+		"pending": &m.bpf.Pending, "flow_locks": &m.bpf.FlowLocks, "changes": &m.bpf.Changes,
 		"reasons": &m.bpf.Reasons, "record": &m.bpf.Record,
 	}
 }
@@ -523,10 +528,22 @@ func (m *Maps) word(b []byte, a *ebpf.Map, id uint32, offset uintptr) *uint64 {
 	return (*uint64)(unsafe.Pointer(&b[at : at+8][0]))
 }
 
-// EachFlow calls yield for every entry of the flow table, living or not, in no order, until it returns
-// false. Entries that are made meanwhile may be missing.
-func (m *Maps) EachFlow(yield func(Tuple, Flow) bool) error {
-	return each(m.bpf.Flows, yield)
+// EachFlow calls yield for every half of a flow, living or not, in no order, until it returns false. A half
+// that is in both tables is yielded once, as assured. Entries that are made meanwhile may be missing.
+func (m *Maps) EachFlow(yield func(t Tuple, f Flow, assured bool) bool) error {
+	assured := map[Tuple]bool{}
+	more := true
+	err := each(m.bpf.Flows, func(t Tuple, f Flow) bool {
+		assured[t] = true
+		more = yield(t, f, true)
+		return more
+	})
+	if err != nil || !more {
+		return err
+	}
+	return each(m.bpf.Pending, func(t Tuple, f Flow) bool {
+		return assured[t] || yield(t, f, false)
+	})
 }
 
 // Reasons returns how many packets left the programs for each reason, by the reason's name.

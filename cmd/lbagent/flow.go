@@ -51,6 +51,7 @@ func newFlowList(p *places) *cobra.Command {
 	}
 	out := addOutput(cmd)
 	only := cmd.Flags().String("service", "", "only those of the Service `NAMESPACE/NAME`")
+	direct := cmd.Flags().Bool("direct", false, "also the connections straight to a backend's own address")
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
 		keep := func(flow) bool { return true }
 		if *only != "" {
@@ -67,7 +68,7 @@ func newFlowList(p *places) *cobra.Command {
 			return err
 		}
 		defer m.Close()
-		flows, err := readFlows(m, loader.DefaultTimeouts())
+		flows, err := readFlows(m, loader.DefaultTimeouts(), *direct)
 		if err != nil {
 			return err
 		}
@@ -87,7 +88,7 @@ func newFlowList(p *places) *cobra.Command {
 
 // readFlows returns the living flows, by client, VIP and protocol. A reply half alone is none: it only lets
 // the last replies of a flow that has ended pass.
-func readFlows(m *maps.Maps, timeouts loader.Timeouts) ([]flow, error) {
+func readFlows(m *maps.Maps, timeouts loader.Timeouts, direct bool) ([]flow, error) {
 	names, err := readNames(m)
 	if err != nil {
 		return nil, err
@@ -100,9 +101,13 @@ func readFlows(m *maps.Maps, timeouts loader.Timeouts) ([]flow, error) {
 	if err != nil {
 		return nil, err
 	}
-	halves := map[maps.Tuple]maps.Flow{}
-	err = m.EachFlow(func(t maps.Tuple, f maps.Flow) bool {
-		halves[t] = f
+	type half struct {
+		maps.Flow
+		assured bool
+	}
+	halves := map[maps.Tuple]half{}
+	err = m.EachFlow(func(t maps.Tuple, f maps.Flow, assured bool) bool {
+		halves[t] = half{f, assured}
 		return true
 	})
 	if err != nil {
@@ -118,7 +123,10 @@ func readFlows(m *maps.Maps, timeouts loader.Timeouts) ([]flow, error) {
 		if maps.EnumName("flow_role", uint64(half.Role)) != "forward" {
 			continue
 		}
-		state, timeout := phase(half.State, lb.Protocol(t.Protocol), timeouts)
+		if !direct && half.To == t {
+			continue
+		}
+		state, timeout := phase(half.State, half.assured, lb.Protocol(t.Protocol), timeouts)
 		age := max(0, time.Duration(now-half.LastSeenNs))
 		if age > timeout {
 			continue
@@ -150,21 +158,21 @@ func readFlows(m *maps.Maps, timeouts loader.Timeouts) ([]flow, error) {
 
 // phase says in which phase a flow is, and after which age it is absent; flow_timeout_ns of bpf/flow.h is
 // the programs' own word on it.
-func phase(state uint8, protocol lb.Protocol, t loader.Timeouts) (string, time.Duration) {
+func phase(state uint8, assured bool, protocol lb.Protocol, t loader.Timeouts) (string, time.Duration) {
+	const closed = maps.FlowClientRST | maps.FlowBackendRST | maps.FlowMoved
 	const fins = maps.FlowClientFIN | maps.FlowBackendFIN
-	answered := state&maps.FlowAnswered != 0
 	switch {
-	case state&maps.FlowRST != 0:
+	case state&closed != 0:
 		return "reset", t.Reset
-	case protocol == lb.UDP && answered:
-		return "answered", t.UDP
+	case protocol == lb.UDP && assured:
+		return "assured", t.UDP
 	case protocol == lb.UDP:
-		return "new", t.UDPNew
-	case !answered:
-		return "new", t.TCPNew
+		return "pending", t.UDPPending
 	case state&fins == fins:
 		return "closed", t.TCPClosed
-	case state&fins != 0:
+	case !assured:
+		return "pending", t.TCPPending
+	case state != 0:
 		return "half-closed", t.TCPHalfClosed
 	}
 	return "established", t.TCPEstablished

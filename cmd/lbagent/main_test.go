@@ -138,12 +138,15 @@ func fill(dir string) error {
 	if err != nil {
 		return err
 	}
-	pair := func(client, vip, backend string, p lb.Protocol, state uint8, id uint32) error {
+	pair := func(client, vip, backend string, p lb.Protocol, assured bool, state uint8, id uint32) error {
 		t := tuple(client, vip, p)
 		to := tuple(client, backend, p)
 		forward := maps.Flow{To: to, Hook: 1, Role: 1, State: state, Backend: id, Packets: 10, Bytes: 1000, LastSeenNs: now - uint64(90*time.Second)}
 		reply := maps.Flow{To: inverse(t), Hook: 2, Role: 2, State: state, Backend: id, Packets: 9, Bytes: 9000, LastSeenNs: forward.LastSeenNs}
-		flows := m.All()["flows"]
+		flows := m.All()["pending"]
+		if assured {
+			flows = m.All()["flows"]
+		}
 		if err := flows.Put(t, forward); err != nil {
 			return err
 		}
@@ -152,21 +155,22 @@ func fill(dir string) error {
 	for _, f := range []struct {
 		client, vip, backend string
 		p                    lb.Protocol
+		assured              bool
 		state                uint8
 		id                   uint32
 	}{
-		{"192.0.2.2:40000", "10.96.0.10:80", "10.244.0.1:8080", lb.TCP, maps.FlowAnswered, 1},
-		{"192.0.2.2:40001", "10.96.0.10:80", "10.244.0.3:8080", lb.TCP, maps.FlowAnswered | maps.FlowClientFIN, 3},
-		{"192.0.2.2:40002", "10.96.0.10:80", "10.244.0.1:8080", lb.TCP, 0, 1},                                                            // expired: no answer in 60 s
-		{"192.0.2.2:40003", "10.96.0.10:80", "10.244.0.1:8080", lb.TCP, maps.FlowAnswered | maps.FlowRST, 1},                             // expired
-		{"[fd00:c::2]:40000", "[fd00:96::10]:80", "[fd00:244::1]:8080", lb.TCP, maps.FlowAnswered, 4},                                    //
-		{"192.0.2.2:50000", "10.96.0.53:53", "10.244.0.9:53", lb.UDP, maps.FlowAnswered, 9},                                              //
-		{"192.0.2.2:50001", "10.96.0.53:53", "10.244.0.9:53", lb.UDP, 0, 9},                                                              // expired
-		{"192.0.2.2:50002", "10.96.0.99:53", "10.244.0.9:53", lb.UDP, maps.FlowAnswered, 9},                                              // of no service any more
-		{"192.0.2.2:40004", "10.96.0.99:80", "10.244.0.2:8080", lb.TCP, maps.FlowAnswered, 2},                                            // its VIP went, its backend drains
-		{"192.0.2.2:40005", "10.96.0.10:80", "10.244.0.1:8080", lb.TCP, maps.FlowAnswered | maps.FlowClientFIN | maps.FlowBackendFIN, 1}, // expired
+		{"192.0.2.2:40000", "10.96.0.10:80", "10.244.0.1:8080", lb.TCP, true, 0, 1},
+		{"192.0.2.2:40001", "10.96.0.10:80", "10.244.0.3:8080", lb.TCP, true, maps.FlowClientFIN, 3},
+		{"192.0.2.2:40002", "10.96.0.10:80", "10.244.0.1:8080", lb.TCP, false, 0, 1},                                       // expired: not assured in 60 s
+		{"192.0.2.2:40003", "10.96.0.10:80", "10.244.0.1:8080", lb.TCP, true, maps.FlowClientRST, 1},                       // expired
+		{"[fd00:c::2]:40000", "[fd00:96::10]:80", "[fd00:244::1]:8080", lb.TCP, true, 0, 4},                                //
+		{"192.0.2.2:50000", "10.96.0.53:53", "10.244.0.9:53", lb.UDP, true, 0, 9},                                          //
+		{"192.0.2.2:50001", "10.96.0.53:53", "10.244.0.9:53", lb.UDP, false, 0, 9},                                         // expired
+		{"192.0.2.2:50002", "10.96.0.99:53", "10.244.0.9:53", lb.UDP, true, 0, 9},                                          // of no service any more
+		{"192.0.2.2:40004", "10.96.0.99:80", "10.244.0.2:8080", lb.TCP, true, 0, 2},                                        // its VIP went, its backend drains
+		{"192.0.2.2:40005", "10.96.0.10:80", "10.244.0.1:8080", lb.TCP, true, maps.FlowClientFIN | maps.FlowBackendFIN, 1}, // expired
 	} {
-		if err := pair(f.client, f.vip, f.backend, f.p, f.state, f.id); err != nil {
+		if err := pair(f.client, f.vip, f.backend, f.p, f.assured, f.state, f.id); err != nil {
 			return err
 		}
 	}
@@ -187,7 +191,7 @@ func tuple(from, to string, p lb.Protocol) maps.Tuple {
 func TestFlowKeys(t *testing.T) {
 	f := flow{
 		Client: netip.MustParseAddrPort("192.0.2.2:40000"), VIP: netip.MustParseAddrPort("[fd00::1]:80"),
-		Backend: netip.MustParseAddrPort("10.244.0.1:8080"), Protocol: "TCP", State: "new", Age: 1.5,
+		Backend: netip.MustParseAddrPort("10.244.0.1:8080"), Protocol: "TCP", State: "pending", Age: 1.5,
 		Service: &serviceName{"default", "web", "http", "TCP", "IPv4"}, Forward: traffic{1, 2}, Reply: traffic{3, 4},
 	}
 	got, err := json.Marshal(f)
@@ -196,7 +200,7 @@ func TestFlowKeys(t *testing.T) {
 	}
 	want := `{"client":"192.0.2.2:40000","vip":"[fd00::1]:80","backend":"10.244.0.1:8080","protocol":"TCP",` +
 		`"service":{"namespace":"default","name":"web","port":"http","protocol":"TCP","family":"IPv4"},` +
-		`"state":"new","ageSeconds":1.5,"forward":{"packets":1,"bytes":2},"reply":{"packets":3,"bytes":4}}`
+		`"state":"pending","ageSeconds":1.5,"forward":{"packets":1,"bytes":2},"reply":{"packets":3,"bytes":4}}`
 	if diff := cmp.Diff(want, string(got)); diff != "" {
 		t.Error(diff)
 	}
@@ -208,22 +212,26 @@ func TestPhase(t *testing.T) {
 	both := maps.FlowClientFIN | maps.FlowBackendFIN
 	for _, c := range []struct {
 		state    uint8
+		assured  bool
 		protocol lb.Protocol
 		want     string
 		timeout  time.Duration
 	}{
-		{0, lb.TCP, "new", timeouts.TCPNew},
-		{maps.FlowAnswered, lb.TCP, "established", timeouts.TCPEstablished},
-		{maps.FlowAnswered | maps.FlowClientFIN, lb.TCP, "half-closed", timeouts.TCPHalfClosed},
-		{maps.FlowAnswered | maps.FlowBackendFIN, lb.TCP, "half-closed", timeouts.TCPHalfClosed},
-		{maps.FlowAnswered | both, lb.TCP, "closed", timeouts.TCPClosed},
-		{both, lb.TCP, "new", timeouts.TCPNew},
-		{maps.FlowAnswered | both | maps.FlowRST, lb.TCP, "reset", timeouts.Reset},
-		{0, lb.UDP, "new", timeouts.UDPNew},
-		{maps.FlowAnswered, lb.UDP, "answered", timeouts.UDP},
-		{maps.FlowRST, lb.UDP, "reset", timeouts.Reset},
+		{0, false, lb.TCP, "pending", timeouts.TCPPending},
+		{0, true, lb.TCP, "established", timeouts.TCPEstablished},
+		{maps.FlowClientFIN, true, lb.TCP, "half-closed", timeouts.TCPHalfClosed},
+		{maps.FlowBackendFIN, true, lb.TCP, "half-closed", timeouts.TCPHalfClosed},
+		{maps.FlowRSTAhead, true, lb.TCP, "half-closed", timeouts.TCPHalfClosed},
+		{maps.FlowClientFIN, false, lb.TCP, "pending", timeouts.TCPPending},
+		{both, true, lb.TCP, "closed", timeouts.TCPClosed},
+		{both, false, lb.TCP, "closed", timeouts.TCPClosed},
+		{both | maps.FlowClientRST, true, lb.TCP, "reset", timeouts.Reset},
+		{maps.FlowBackendRST, false, lb.TCP, "reset", timeouts.Reset},
+		{0, false, lb.UDP, "pending", timeouts.UDPPending},
+		{0, true, lb.UDP, "assured", timeouts.UDP},
+		{maps.FlowMoved, true, lb.UDP, "reset", timeouts.Reset},
 	} {
-		if state, timeout := phase(c.state, c.protocol, timeouts); state != c.want || timeout != c.timeout {
+		if state, timeout := phase(c.state, c.assured, c.protocol, timeouts); state != c.want || timeout != c.timeout {
 			t.Errorf("%s in state %d: %s, %v; want %s, %v", c.protocol, c.state, state, timeout, c.want, c.timeout)
 		}
 	}
