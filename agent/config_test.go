@@ -25,7 +25,7 @@ func TestConfig(t *testing.T) {
 			[]string{`--bpf-root: "a/b"`, `--socket: "s"`}},
 		"no parent":     {func(c *Config) { c.BPFRoot = "/lbagent" }, []string{"--bpf-root: /lbagent"}},
 		"a long socket": {func(c *Config) { c.Socket = "/" + strings.Repeat("s", 107) }, []string{"--socket: "}},
-		"a pattern":     {func(c *Config) { c.Devices = node.Config{Devices: []string{"["}} }, []string{"devices: "}},
+		"a pattern":     {func(c *Config) { c.Devices = node.Config{Devices: []string{"["}} }, []string{"--devices: "}},
 		"no name":       {func(c *Config) { c.NodeName = "" }, []string{"--hostname-override"}},
 		"sizes": {func(c *Config) {
 			c.Sizes = maps.Sizes{Flows: 1, Services: 1, Frontends: 1 << 27, Backends: 1, Slots: 1}

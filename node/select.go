@@ -37,8 +37,8 @@ func (c Config) Validate() error {
 			}
 		}
 	}
-	check("devices", c.Devices)
-	check("pod-devices", c.PodDevices)
+	check("--devices", c.Devices)
+	check("--pod-devices", c.PodDevices)
 	return errors.Join(errs...)
 }
 

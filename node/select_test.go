@@ -281,14 +281,14 @@ func TestConfigValidate(t *testing.T) {
 		{
 			name: "a bracket left open",
 			cfg:  Config{Devices: []string{"eth0", "en[ps"}},
-			want: `devices: pattern "en[ps": syntax error in pattern`,
+			want: `--devices: pattern "en[ps": syntax error in pattern`,
 		},
 		{
 			name: "one in each flag",
 			cfg:  Config{Devices: []string{`eth\`}, PodDevices: []string{"a[]", ""}},
-			want: `devices: pattern "eth\\": syntax error in pattern` + "\n" +
-				`pod-devices: pattern "a[]": syntax error in pattern` + "\n" +
-				`pod-devices: an empty pattern`,
+			want: `--devices: pattern "eth\\": syntax error in pattern` + "\n" +
+				`--pod-devices: pattern "a[]": syntax error in pattern` + "\n" +
+				`--pod-devices: an empty pattern`,
 		},
 	}
 	for _, tt := range tests {
