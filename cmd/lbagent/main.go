@@ -110,12 +110,17 @@ func unknownCommand(cmd *cobra.Command, args []string) error {
 	return usageError{fmt.Errorf("%s knows no %q; see %s --help", cmd.CommandPath(), args[0], cmd.CommandPath())}
 }
 
-// usage makes an error of `check` one of usage.
+// usage makes an error of `check` one of usage, which says what is wanted: what cobra says of one argument too
+// many is that it is no command.
 func usage(check cobra.PositionalArgs) cobra.PositionalArgs {
 	return func(cmd *cobra.Command, args []string) error {
-		if err := check(cmd, args); err != nil {
-			return usageError{fmt.Errorf("%s: %w", cmd.CommandPath(), err)}
+		if check(cmd, args) == nil {
+			return nil
 		}
-		return nil
+		got := "no arguments"
+		if len(args) > 0 {
+			got = fmt.Sprintf("arguments %q", args)
+		}
+		return usageError{fmt.Errorf("%s: got %s, want: %s", cmd.CommandPath(), got, cmd.UseLine())}
 	}
 }
