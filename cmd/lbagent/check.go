@@ -93,7 +93,10 @@ func checkMachine(bpfRoot string) report {
 	r.Checks = []check{checkPrivileges(), checkBPFFS(bpfRoot)}
 
 	programs := check{Name: "programs", Result: ok, Found: "the kernel takes BPF programs"}
-	if found, err := loader.Probe(); err != nil {
+	if found, err := loader.Probe(); errors.Is(err, fs.ErrPermission) {
+		programs = check{"programs", failure, syscall.EPERM.Error(),
+			"the agent cannot run: it lacks privileges, or what it runs in (a user namespace, seccomp, lockdown) forbids BPF"}
+	} else if err != nil {
 		programs = check{"programs", failure, err.Error(), "the agent cannot run: the kernel does not take its programs"}
 	} else {
 		r.Features = features(found)
