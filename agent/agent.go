@@ -34,8 +34,9 @@ import (
 //
 // Run leaves maps and programs in place however it ends: a restart is no reason to break a connection.
 //
-// Returns maps.ErrInUse if another agent has the folder or the socket, ErrLayout or ErrSize of package maps if
-// what is pinned cannot be adopted, an *ebpf.VerifierError if the kernel refuses the programs.
+// Returns maps.ErrInUse if another agent has the folder, api.ErrInUse if one has the socket, ErrLayout or
+// ErrSize of package maps if what is pinned cannot be adopted, an *ebpf.VerifierError if the kernel refuses
+// the programs.
 func Run(ctx context.Context, c Config) (err error) {
 	closing := func(close func() error) { err = errors.Join(err, close()) }
 
@@ -85,7 +86,7 @@ func Run(ctx context.Context, c Config) (err error) {
 	}
 	if a.holding {
 		reconciler.Hold(true)
-		c.Log.Warn("nothing is removed until manifests are mended", "files", folder.Held())
+		c.Log.Warn("nothing is removed until manifests are mended or deleted", "files", folder.Held())
 	}
 	a.publish()
 	// Each of these owns what it starts, and returns nil when the context ends.

@@ -118,7 +118,7 @@ func (a *agent) letGo(ctx context.Context) {
 	a.resolve(names)
 	a.holding = false
 	a.reconciler.Hold(false)
-	a.config.Log.Info("manifests mended, nothing is held")
+	a.config.Log.Info("all manifests are read, nothing is held any more")
 	a.write()
 }
 

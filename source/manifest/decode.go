@@ -321,10 +321,10 @@ func (p *parser) strict(raw []byte, k kind, name string, place func(string) stri
 
 func (p *parser) unknownKind(raw []byte, apiVersion, kindName string) {
 	switch {
-	case apiVersion == "":
-		p.problem(lb.Error, p.nameOf(raw, kindName), "apiVersion", "Required value")
 	case kindName == "":
 		p.problem(lb.Error, "", "kind", "Required value")
+	case apiVersion == "":
+		p.problem(lb.Error, p.nameOf(raw, kindName), "apiVersion", "Required value")
 	default:
 		p.problem(lb.Error, p.nameOf(raw, kindName), "",
 			"%s of %s is not read, only v1 Service, Pod, Node and Endpoints, discovery.k8s.io/v1 EndpointSlice, and lists of them",

@@ -63,6 +63,7 @@ func TestProblems(t *testing.T) {
 		{name: "sequence", text: "- a\n", want: []string{"f.yaml: document 1: must be a mapping, not a list"}},
 		{name: "no apiVersion", text: "kind: Service\n", want: []string{"f.yaml: document 1: Service: apiVersion: Required value"}},
 		{name: "no kind", text: "apiVersion: v1\n", want: []string{"f.yaml: document 1: kind: Required value"}},
+		{name: "neither", text: "metadata: {name: web}\n", want: []string{"f.yaml: document 1: kind: Required value"}},
 		{name: "kind of a wrong type", text: "apiVersion: v1\nkind: [Service]\n",
 			want: []string{"f.yaml: document 1: kind: must be a string, not a list"}},
 		{name: "other kind", text: "apiVersion: apps/v1\nkind: Deployment\nmetadata: {name: web, namespace: shop}\n",

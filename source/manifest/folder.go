@@ -180,7 +180,7 @@ func (f *Folder) Problems() []lb.Problem {
 func (f *Folder) problems() []lb.Problem {
 	problems := f.set.problems()
 	if f.broken != nil {
-		problems = append([]lb.Problem{{File: f.dir, Message: f.broken.Error()}}, problems...)
+		problems = append([]lb.Problem{{File: f.dir, Message: unread(f.broken)}}, problems...)
 	}
 	return problems
 }

@@ -459,7 +459,7 @@ func TestFolderGone(t *testing.T) {
 	write(t, filepath.Join(dir, "web.yaml"), svc("web", 80))
 	f := follow(t, dir)
 	must(t, os.Rename(dir, dir+"-gone"))
-	f.await("web:80", dir+": open "+dir+": no such file or directory")
+	f.await("web:80", dir+": cannot be read: no such file or directory")
 	must(t, os.Rename(dir+"-gone", dir))
 	f.await("web:80")
 	write(t, filepath.Join(dir, "web.yaml"), svc("web", 8081))
@@ -522,7 +522,7 @@ func TestTold(t *testing.T) {
 		t.Error("the change was not told")
 	}
 	want := `level=ERROR msg="manifest problem" problem="` + file + ": " + badPort + "\"\n" +
-		`level=INFO msg="manifest mended" file=` + file + "\n"
+		`level=INFO msg="manifest problem is gone" file=` + file + "\n"
 	if diff := cmp.Diff(want, log.String()); diff != "" {
 		t.Errorf("log (-want +got):\n%s", diff)
 	}

@@ -34,7 +34,7 @@ func Load(paths ...string) (*Folder, []lb.Problem) {
 			names, err := list(path)
 			switch {
 			case err != nil:
-				problems = append(problems, lb.Problem{File: path, Message: err.Error()})
+				problems = append(problems, lb.Problem{File: path, Message: unread(err)})
 			case len(names) == 0:
 				problems = append(problems, lb.Problem{
 					File: path, Severity: lb.Warning, Message: "holds no file that ends in .yaml, .yml or .json",
@@ -118,12 +118,17 @@ func read(path string) ([]byte, error) {
 
 // contents decodes what read returned.
 func contents(path string, text []byte, err error) (string, []decoded, []lb.Problem) {
-	if pathErr, ok := errors.AsType[*fs.PathError](err); ok {
-		err = fmt.Errorf("cannot be read: %w", pathErr.Err) // the Problem names the file
-	}
 	if err != nil {
-		return path, nil, []lb.Problem{{File: path, Message: err.Error()}}
+		return path, nil, []lb.Problem{{File: path, Message: unread(err)}}
 	}
 	objects, problems := parse(path, text)
 	return path, objects, problems
+}
+
+// unread says why a file or folder was not read, without its path: a Problem has that.
+func unread(err error) string {
+	if pathErr, ok := errors.AsType[*fs.PathError](err); ok {
+		return "cannot be read: " + pathErr.Err.Error()
+	}
+	return err.Error()
 }

@@ -251,7 +251,7 @@ func (s *set) tell(problems []lb.Problem) (changed bool) {
 	}
 	for _, path := range slices.Sorted(maps.Keys(s.ailing)) {
 		if !ailing[path] {
-			s.log.Info("manifest mended", "file", path)
+			s.log.Info("manifest problem is gone", "file", path)
 		}
 	}
 	changed = changed || len(told) != len(s.told)
