@@ -23,7 +23,7 @@ var folders = map[string][]string{
 	"node":            {},
 	"balance":         {"lb"},
 	"source":          {},
-	"source/manifest": {"lb", "source"},
+	"source/manifest": {"lb"},
 	"resolve":         {"lb"},
 	"reconcile":       {"lb", "balance", "maps"},
 	"api":             {"lb", "maps", "loader"},

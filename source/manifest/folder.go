@@ -164,12 +164,6 @@ func (f *Folder) EndpointSlices() cache.ListerWatcher { return f.set.stores.kind
 // Nodes lists and watches the Nodes in force.
 func (f *Folder) Nodes() cache.ListerWatcher { return f.set.stores.kinds[node] }
 
-// Pods lists and watches the Pods in force.
-func (f *Folder) Pods() cache.ListerWatcher { return f.set.stores.kinds[pod] }
-
-// Endpoints lists and watches the Endpoints in force.
-func (f *Folder) Endpoints() cache.ListerWatcher { return f.set.stores.kinds[endpoints] }
-
 // Problems returns all that is wrong with the manifests now, by file.
 func (f *Folder) Problems() []lb.Problem {
 	f.mu.Lock()
