@@ -93,9 +93,9 @@ func ProblemsOf(problems []lb.Problem) []Problem {
 	return all
 }
 
-// MapsOf counts what is in the maps. Of `flows` it counts the halves, those included that have expired and
+// mapsOf counts what is in the maps. Of `flows` it counts the halves, those included that have expired and
 // were not dropped yet; of `slots` those that services refer to.
-func MapsOf(m *maps.Maps) ([]Map, error) {
+func mapsOf(m *maps.Maps) ([]Map, error) {
 	var frontends, services, slots, backends, flows, pending int
 	err := m.EachFrontend(func(maps.FrontendKey, maps.Frontend) bool { frontends++; return true })
 	if err != nil {
@@ -155,7 +155,7 @@ func FromPins(root string) (Status, error) {
 // FillFromMaps sets what the maps alone say: Maps and Reasons.
 func (s *Status) FillFromMaps(m *maps.Maps) error {
 	var err error
-	if s.Maps, err = MapsOf(m); err != nil {
+	if s.Maps, err = mapsOf(m); err != nil {
 		return err
 	}
 	if s.Reasons, err = m.Reasons(); err != nil {
