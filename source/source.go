@@ -13,6 +13,7 @@ import (
 	"maps"
 	"slices"
 	"sync"
+	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
@@ -47,6 +48,14 @@ type Watches struct {
 
 // LogTo sends what client-go has to say to a log. It knows one for the whole process, so this is main's to call.
 func LogTo(log *slog.Logger) { klog.SetSlogLogger(log) }
+
+const (
+	// lull is how long nothing must change before Next tells of changes. What changes together, a Service
+	// and its EndpointSlices, comes by several watches, and half of it may mean no endpoints.
+	lull = 10 * time.Millisecond
+	// patience, in lulls, is how long Next waits for one.
+	patience = 10
+)
 
 // byService is the index of EndpointSlices by the Service that they are of.
 const byService = "service"
@@ -172,19 +181,40 @@ func (o *Objects) Synced() bool {
 	return o.synced
 }
 
-// Next waits until Services may have changed and returns their names, each once, however often it changed
-// since; sorted. The first call returns every Service once all that there was at first is known, also where
+// Next waits until Services may have changed, and for a lull, and returns their names, each once, however
+// often it changed since; sorted. The first call returns every Service once all that there was at first is known, also where
 // there is none. A name may be of a Service that is gone, or that has never been though there are slices of
 // it. Returns an error only when ctx ends. For one caller at a time.
 func (o *Objects) Next(ctx context.Context) ([]Name, error) {
 	for {
-		if names, ok := o.take(); ok {
-			return names, nil
-		}
 		select {
 		case <-o.changed:
 		case <-ctx.Done():
 			return nil, ctx.Err()
+		}
+		if err := o.waitForLull(ctx); err != nil {
+			return nil, err
+		}
+		if names, ok := o.take(); ok {
+			return names, nil
+		}
+	}
+}
+
+func (o *Objects) waitForLull(ctx context.Context) error {
+	quiet, enough := time.NewTimer(lull), time.NewTimer(patience*lull)
+	defer quiet.Stop()
+	defer enough.Stop()
+	for {
+		select {
+		case <-o.changed:
+			quiet.Reset(lull)
+		case <-quiet.C:
+			return nil
+		case <-enough.C:
+			return nil
+		case <-ctx.Done():
+			return ctx.Err()
 		}
 	}
 }
@@ -197,7 +227,7 @@ func (o *Objects) take() ([]Name, bool) {
 	}
 	o.told = true
 	names := slices.SortedFunc(maps.Keys(o.dirty), Name.Compare)
-	clear(o.dirty)
+	o.dirty = map[Name]struct{}{} // a map never shrinks, and this one held every Service once
 	return names, true
 }
 

@@ -176,6 +176,7 @@ func (w *world) dirty() string {
 		names, err := w.objects.Next(ctx)
 		got <- result{names, err}
 	}()
+	<-time.After(2 * lull)
 	synctest.Wait()
 	cancel() // it is blocked, or has returned
 	r := <-got
@@ -295,6 +296,41 @@ func TestChanges(t *testing.T) {
 		w.expect("default/b default/d")
 		w.has("d", "80")
 		w.has("b", "none")
+	})
+}
+
+// TestTogether: what changes together comes by two watches, and Next tells of it once all of it is there.
+func TestTogether(t *testing.T) {
+	run(t, func(w *world) {
+		w.services.set(service("a", 80))
+		w.slices.set(slice("a-1", "a", "10.0.0.1"))
+	}, func(w *world) {
+		w.expect("default/a")
+		time.AfterFunc(lull/2, func() { w.slices.set(slice("a-1", "a", "10.0.0.2")) })
+		w.services.set(service("a", 81))
+		if _, err := w.objects.Next(w.t.Context()); err != nil {
+			w.t.Fatal(err)
+		}
+		w.has("a", "81 10.0.0.2")
+		w.expect("blocks")
+	})
+}
+
+// TestNoLull: changes that never cease are told of nevertheless.
+func TestNoLull(t *testing.T) {
+	run(t, func(w *world) { w.services.set(service("a", 80)) }, func(w *world) {
+		w.expect("default/a")
+		start := time.Now()
+		for at := time.Duration(0); at < 2*patience*lull; at += lull / 2 {
+			time.AfterFunc(at, func() { w.slices.set(slice("a-1", "a", "10.0.0.1", at.String())) })
+		}
+		if _, err := w.objects.Next(w.t.Context()); err != nil {
+			w.t.Fatal(err)
+		}
+		if d := time.Since(start); d > patience*lull {
+			w.t.Errorf("told after %v", d)
+		}
+		<-time.After(2 * patience * lull)
 	})
 }
 

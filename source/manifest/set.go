@@ -177,10 +177,16 @@ func (s *set) install(files []*file) {
 			delete(s.files, f.path)
 		}
 	}
-	for _, name := range slices.Sorted(maps.Keys(changed)) {
-		if d := changed[name]; d.object != nil {
-			s.stores.put(d)
-		} else {
+	names := slices.Sorted(maps.Keys(changed))
+	gone := func(name string) bool { return changed[name].object == nil }
+	for _, name := range names {
+		if !gone(name) {
+			s.stores.put(changed[name])
+		}
+	}
+	// Watchers learn of one change after the other: what goes does so when what takes its place is there.
+	for _, name := range names {
+		if gone(name) {
 			s.stores.remove(name)
 		}
 	}

@@ -295,6 +295,25 @@ func TestStable(t *testing.T) {
 	}
 }
 
+// TestReplacement: what takes the place of something is there before that goes.
+func TestReplacement(t *testing.T) {
+	s := newSet(slog.New(slog.DiscardHandler))
+	apply := func(text string) {
+		s.put(contents("a", []byte(text), nil))
+		s.settle()
+	}
+	apply(svc("old", 1))
+	apply(svc("young", 1))
+	w, err := s.stores.kinds[service].Watch(metav1.ListOptions{})
+	must(t, err)
+	defer w.Stop()
+	for _, want := range []string{"ADDED old", "ADDED young", "DELETED old"} {
+		if got := next(t, w.ResultChan()); got != want {
+			t.Errorf("got %s, want %s", got, want)
+		}
+	}
+}
+
 // TestWatch: a watch that begins late misses nothing, and one that is too late is told so.
 func TestWatch(t *testing.T) {
 	s := newSet(slog.New(slog.DiscardHandler))
