@@ -57,7 +57,7 @@ func Run(ctx context.Context, c Config) (err error) {
 	if err != nil {
 		return err
 	}
-	programs, err := loader.Load(m, loader.Config{LinkDir: filepath.Join(c.BPFRoot, "links")})
+	programs, err := loader.Load(m, loader.Config{LinkDir: filepath.Join(c.BPFRoot, "links"), SilentBackend: c.SilentBackend})
 	if err != nil {
 		return err
 	}

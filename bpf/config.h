@@ -25,6 +25,11 @@ struct flow_timeouts {
 };
 const volatile struct flow_timeouts timeouts_ns;
 
+/* How long a removed backend may leave a segment unanswered before its client's next packet is answered with
+ * a reset. 0: no time at all. SILENT_NEVER: for ever. */
+#define SILENT_NEVER 0xffffffff
+const volatile __u32 silent_backend_timeout_ms = SILENT_NEVER;
+
 /* CSUM_IPV6 where the kernel knows it, else 0. Without it the kernel would spoil the sum of a whole IPv6
  * packet that a device has computed (CHECKSUM_COMPLETE): the packet is still accepted, after the kernel
  * has summed it again. */

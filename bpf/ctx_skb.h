@@ -81,4 +81,16 @@ static __always_inline bool ctx_csum_update(ctx_t *ctx, __u32 offset, __s64 diff
 	return !bpf_l4_csum_replace(ctx, offset, 0, (__u32)difference, flags);
 }
 
+/* ctx_trim cuts a packet to `length` bytes; one that stood for several (GSO) is one then. */
+static __always_inline bool ctx_trim(ctx_t *ctx, __u32 length)
+{
+	return !bpf_skb_change_tail(ctx, length, 0);
+}
+
+/* ctx_send_back returns the verdict that sends a packet out of the device by which it came. */
+static __always_inline int ctx_send_back(ctx_t *ctx)
+{
+	return bpf_redirect(ctx->ifindex, 0);
+}
+
 #endif

@@ -634,4 +634,41 @@ static __always_inline void flow_note(const struct pkt *pkt, struct flow *flow,
 		flow_assure(change);
 }
 
+/* flow_break ends a flow that its client is told is over: as if its backend had reset it. */
+static __always_inline void flow_break(const struct tuple *t, const struct tuple *to, __u64 now)
+{
+	struct change *change = change_of(t, to, ROLE_FORWARD);
+
+	if (!change)
+		return;
+	change->now_ns = now;
+	flow_set_state(change, FLOW_BACKEND_RST);
+}
+
+/* flow_is_silent notes the segments that a removed backend leaves unanswered, and tells whether it has for longer
+ * than it may. Whether it has spoken since is seen by its packets' number: so a reply costs nothing, and only
+ * flows of removed backends are looked at. */
+static __always_inline bool flow_is_silent(const struct pkt *pkt, struct flow *flow,
+					   const struct tuple *to, enum table table, __u64 now)
+{
+	__u32 now_ms = (now / 1000000) | 1;
+	const struct flow *reply;
+	struct tuple key;
+
+	if (silent_backend_timeout_ms == SILENT_NEVER)
+		return false;
+	if (!flow->silent_since_ms && !pkt->segment)
+		return false;
+	tuple_invert(&key, to);
+	reply = table == FLOWS ? bpf_map_lookup_elem(&flows, &key)
+			       : bpf_map_lookup_elem(&pending, &key);
+	if (!reply)
+		return false;
+	if (flow->silent_since_ms && flow->answer == (__u32)reply->packets)
+		return now_ms - flow->silent_since_ms >= silent_backend_timeout_ms;
+	flow->silent_since_ms = pkt->segment ? now_ms : 0;
+	flow->answer = reply->packets;
+	return false;
+}
+
 #endif

@@ -8,6 +8,7 @@
  * no service.
  */
 #include "flow.h"
+#include "reset.h"
 #include "verdict.h"
 
 /* ingress_refuse is the exit of a packet whose ports are not known. The border: what is sent to a VIP
@@ -132,6 +133,11 @@ static __always_inline int ingress(ctx_t *ctx)
 		if (!flow_keeps(backend, life, frontend.service, &to))
 			goto open;
 		flow->generation = life.generation;
+	}
+	if (life.state == BACKEND_REMOVED && pkt.tuple.protocol == PROTOCOL_TCP &&
+	    flow_is_silent(&pkt, flow, &to, table, now)) {
+		flow_break(&pkt.tuple, &to, now);
+		return verdict(REASON_SILENT_BACKEND, reset_answer(ctx, &pkt));
 	}
 	return hit(ctx, &pkt, flow, &to, table, now, REASON_FORWARD);
 open:

@@ -14,7 +14,7 @@
 #define NAME_LENGTH 64 /* a DNS label (RFC 1123) and its final zero */
 
 /* The version of all layouts below, kept in map `record`. Raise it with every change of a layout. */
-#define LAYOUT_VERSION 2
+#define LAYOUT_VERSION 3
 
 #define __one_byte __attribute__((packed)) /* an enum of one byte */
 
@@ -161,8 +161,10 @@ struct flow {
 	__u32 backend;
 	__u32 generation; /* the backend's, when it was last looked up; forward half only */
 	__u32 acknowledgement; /* last TCP acknowledgement seen on this half */
-	__u32 answer; /* end of the segment that the client must acknowledge, reply half */
-	__u32 silent_since_s; /* first client segment left unanswered, forward half; not used yet */
+	__u32 answer; /* reply half: end of the segment that the client must acknowledge. Forward half, with
+		       * silent_since_ms: how many packets the backend had sent then */
+	__u32 silent_since_ms; /* of last_seen_ns; forward half of a removed backend: when a segment went to it
+				* that it has not answered yet. 0: none */
 	__u64 last_seen_ns; /* CLOCK_MONOTONIC; written at most once a second */
 	__u64 packets;
 	__u64 bytes; /* of IP packets */
@@ -238,6 +240,7 @@ enum reason {
 	REASON_LOCK_BUSY, /* another CPU was at work on the same flow */
 	REASON_DIRECT, /* passed, untouched: to a backend's own address, or from it */
 	REASON_NEW_DIRECT, /* as above, the first packet */
+	REASON_SILENT_BACKEND, /* answered with a reset: a removed backend answers no more */
 	REASON_COUNT,
 };
 

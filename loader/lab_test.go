@@ -4,12 +4,15 @@ package loader_test
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/netip"
+	"sync"
 	"testing"
 	"time"
 
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 
 	"github.com/lbagent/lbagent/internal/testenv"
 	"github.com/lbagent/lbagent/loader"
@@ -26,7 +29,12 @@ type lab struct {
 	vips map[int]netip.AddrPort // by family
 }
 
-const serverPort = 8080
+const (
+	serverPort = 8080
+	echoPort   = 7007
+
+	labSilentBackend = 400 * time.Millisecond
+)
 
 func newLab(t *testing.T, c testenv.Config) *lab {
 	t.Helper()
@@ -58,7 +66,7 @@ func newLab(t *testing.T, c testenv.Config) *lab {
 		}
 	}
 	if err := l.Node.Do(func() error {
-		programs, err := loader.Load(m, loader.Config{})
+		programs, err := loader.Load(m, loader.Config{SilentBackend: labSilentBackend})
 		if err != nil {
 			return err
 		}
@@ -218,5 +226,90 @@ func TestHeadersOutOfReach(t *testing.T) {
 			counts, _ := l.rig.maps.Reasons()
 			t.Errorf("IPv%d: %v; reasons %v", family, err, counts)
 		}
+	}
+}
+
+// TestReset: the client of a removed backend that has fallen silent is told so by a reset that its stack
+// believes, whoever was to finish the segment's checksum; one whose backend answers is not.
+func TestReset(t *testing.T) {
+	for _, offload := range []testenv.Offload{testenv.OffloadOn, testenv.OffloadOff} {
+		t.Run(fmt.Sprintf("offloads %v", offload == testenv.OffloadOn), func(t *testing.T) {
+			l := newLab(t, testenv.Config{Backends: 1, ClientPods: 1, TxChecksum: offload, Segmentation: offload})
+			backend := l.Backends[0]
+			server, err := testenv.ServeEcho(t.Context(), backend.Namespace, backend.Name, fmt.Sprint(":", echoPort))
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { server.Close() })
+			lives := map[uint32]maps.BackendLife{}
+			for id, family := range map[uint32]int{101: 4, 102: 6} {
+				service := id - 98 // 3 and 4
+				l.rig.backend(id, service, netip.AddrPortFrom(backend.Addr(family), echoPort), maps.BackendActive, 1)
+				l.rig.slots(service, id)
+				l.rig.frontend(netip.AddrPortFrom(l.vips[family].Addr(), 7), service)
+				lives[id] = maps.BackendLife{Generation: 2, State: maps.BackendRemoved, Port: echoPort}
+			}
+			type connection struct {
+				*testenv.EchoConn
+				from   *testenv.Host
+				family int
+			}
+			var connections []connection
+			for _, from := range l.clients() {
+				for _, family := range []int{4, 6} {
+					c, err := testenv.DialEcho(l.context(), from.Namespace, netip.AddrPort{}, netip.AddrPortFrom(l.vips[family].Addr(), 7))
+					if err != nil {
+						t.Fatal(err)
+					}
+					defer c.Close()
+					connections = append(connections, connection{c, from, family})
+				}
+			}
+			for id, life := range lives {
+				l.rig.slots(id - 98)
+				l.rig.must(l.rig.maps.SetBackendLife(id, life))
+			}
+			// Removed, but it answers.
+			for range 3 {
+				time.Sleep(labSilentBackend / 2)
+				for _, c := range connections {
+					if err := c.Say(l.context(), "still there?"); err != nil {
+						t.Errorf("%s, IPv%d: %v", c.from.Name, c.family, err)
+					}
+				}
+			}
+			time.Sleep(2 * labSilentBackend) // idle for longer than a silent backend may be
+			for _, c := range connections {
+				if err := c.Say(l.context(), "still there?"); err != nil {
+					t.Errorf("%s, IPv%d, after a pause: %v", c.from.Name, c.family, err)
+				}
+			}
+			// Silent.
+			if err := backend.Do(func() error {
+				link, err := netlink.LinkByName("eth0")
+				if err != nil {
+					return err
+				}
+				return netlink.LinkSetDown(link)
+			}); err != nil {
+				t.Fatal(err)
+			}
+			var all sync.WaitGroup
+			for _, c := range connections {
+				all.Go(func() {
+					start := time.Now()
+					err := c.Say(l.context(), "and now?")
+					took := time.Since(start)
+					if !errors.Is(err, unix.ECONNRESET) {
+						t.Errorf("%s, IPv%d: %v after %v, want a reset", c.from.Name, c.family, err, took)
+					}
+					// The retransmissions of 200, 400, ... ms: one comes within twice the timeout.
+					if took < labSilentBackend || took > 2*labSilentBackend+time.Second {
+						t.Errorf("%s, IPv%d: the reset came after %v", c.from.Name, c.family, took)
+					}
+				})
+			}
+			all.Wait()
+		})
 	}
 }

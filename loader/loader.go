@@ -8,6 +8,7 @@ package loader
 import (
 	"errors"
 	"fmt"
+	"math"
 	"time"
 
 	"github.com/cilium/ebpf"
@@ -60,6 +61,9 @@ type Config struct {
 	LinkDir string
 	// Timeouts is DefaultTimeouts() where it is zero.
 	Timeouts Timeouts
+	// SilentBackend is how long a removed backend may leave a segment unanswered before its client's next
+	// packet is answered with a TCP reset; negative: for ever.
+	SilentBackend time.Duration
 	// Clsact attaches by clsact filters even where the kernel has tcx, for tests.
 	Clsact bool
 }
@@ -155,10 +159,15 @@ func (l *Loader) configure(spec *ebpf.CollectionSpec, linkHeader int) error {
 	if l.features.CsumIPv6 {
 		csumFlag = csumIPv6
 	}
+	silent := uint32(math.MaxUint32) // SILENT_NEVER
+	if d := l.config.SilentBackend; d >= 0 && d.Milliseconds() < math.MaxUint32 {
+		silent = uint32(d.Milliseconds())
+	}
 	values := map[string]any{
-		"link_header_length": uint8(linkHeader),
-		"hash_key":           key,
-		"csum_ipv6_flag":     csumFlag,
+		"silent_backend_timeout_ms": silent,
+		"link_header_length":        uint8(linkHeader),
+		"hash_key":                  key,
+		"csum_ipv6_flag":            csumFlag,
 		"timeouts_ns": tcFlowTimeouts{
 			TcpPending: uint64(t.TCPPending), TcpEstablished: uint64(t.TCPEstablished), TcpHalfClosed: uint64(t.TCPHalfClosed),
 			TcpClosed: uint64(t.TCPClosed), Reset: uint64(t.Reset), UdpPending: uint64(t.UDPPending), Udp: uint64(t.UDP),

@@ -28,9 +28,12 @@ import (
 // The program rung: real programs in the real verifier, one packet at a time by BPF_PROG_TEST_RUN.
 
 const (
-	pass = math.MaxUint32 // TC_ACT_UNSPEC
-	drop = 2              // TC_ACT_SHOT
+	pass     = math.MaxUint32 // TC_ACT_UNSPEC
+	drop     = 2              // TC_ACT_SHOT
+	redirect = 7              // TC_ACT_REDIRECT
 )
+
+const silentBackend = 5 * time.Second
 
 // family is one IP family's addresses, so that every test is written once.
 type family struct {
@@ -70,7 +73,7 @@ var shared = sync.OnceValues(func() (*rig, error) {
 	if err != nil {
 		return nil, err
 	}
-	l, err := loader.Load(m, loader.Config{})
+	l, err := loader.Load(m, loader.Config{SilentBackend: silentBackend})
 	if err != nil {
 		return nil, err
 	}
@@ -239,6 +242,9 @@ func (r *rig) age(by time.Duration) {
 		}
 		for k, f := range entries {
 			f.LastSeenNs -= uint64(by)
+			if f.SilentSinceMs != 0 {
+				f.SilentSinceMs -= uint32(by.Milliseconds())
+			}
 			r.must(m.Put(k, f))
 		}
 	}
@@ -1067,6 +1073,96 @@ func TestClash(t *testing.T) {
 				}
 			}
 		}
+	}
+}
+
+// TestSilentBackend: a connection to a removed backend lives as long as the backend answers; when a segment has
+// been left unanswered for the timeout, the client's next packet is answered with a reset.
+func TestSilentBackend(t *testing.T) {
+	for _, f := range families {
+		const moment = 100 * time.Millisecond
+		begin := func(t *testing.T) *talk {
+			r := newRig(t)
+			r.service(f)
+			c := r.talk(f)
+			c.open()
+			r.slots(1)
+			r.must(r.maps.SetBackendLife(1, maps.BackendLife{Generation: 2, State: maps.BackendRemoved, Port: f.backend.Port()}))
+			return c
+		}
+		data := func(c *talk) {
+			t.Helper()
+			p := c.segment(testenv.ACK | testenv.PSH)
+			p.Payload = []byte("data")
+			out := p
+			out.Destination = c.at
+			c.r.expect("node_in", p.Bytes(), pass, "forward", out.Bytes())
+			c.up += 4
+		}
+		reset := func(c *talk, p testenv.Packet, seq, ack uint32, flags uint8) {
+			t.Helper()
+			want := testenv.SegmentTCP(c.vip, c.client, flags)
+			want.SourceMAC, want.DestinationMAC = testenv.MAC{2, 0, 0, 0, 0, 2}, testenv.MAC{2, 0, 0, 0, 0, 1}
+			want.Seq, want.Ack, want.Window, want.DontFragment = seq, ack, 0, f.name == "v4"
+			out := want.Bytes()
+			got := c.r.run("node_in", p.Bytes())
+			// The harness gives both addresses of the Ethernet header a part: see runOnly.
+			copy(got.Frame[:12], out[:12])
+			if got.Verdict != redirect || got.Reason != "silent_backend" || !bytes.Equal(got.Frame, out) {
+				t.Errorf("%d, %s: %s, want %s", got.Verdict, got.Reason, testenv.Describe(got.Frame), testenv.Describe(out))
+			}
+		}
+		t.Run(f.name+"/silent", func(t *testing.T) {
+			c := begin(t)
+			data(c)
+			c.r.age(silentBackend - moment)
+			c.up -= 4
+			data(c) // sent again
+			c.r.age(2 * moment)
+			c.up -= 4
+			again := c.segment(testenv.ACK | testenv.PSH)
+			again.Payload, again.TCPOptions = []byte("data"), []byte{1, 1, 8, 10, 0, 0, 0, 1, 0, 0, 0, 2}
+			reset(c, again, c.upAck, 0, testenv.RST)
+			// It is over: a SYN begins anew, where it can.
+			c.r.backend(2, 1, f.backend2, maps.BackendActive, 1)
+			c.r.slots(1, 2)
+			c.up, c.at = 90000, f.backend2
+			c.open()
+		})
+		t.Run(f.name+"/answers", func(t *testing.T) {
+			c := begin(t)
+			for range 3 {
+				data(c)
+				c.r.age(silentBackend - moment)
+				c.dnAck = c.up
+				c.answer(testenv.ACK)
+				c.r.age(time.Hour) // of idleness
+			}
+			c.send(testenv.ACK, "forward")
+			c.r.age(time.Hour)
+			c.send(testenv.ACK, "forward") // nothing waits for an answer
+		})
+		t.Run(f.name+"/the backend speaks of something else", func(t *testing.T) {
+			c := begin(t)
+			data(c)
+			c.r.age(silentBackend - moment)
+			c.answer(testenv.ACK)
+			c.r.age(2 * moment)
+			data(c)
+		})
+		t.Run(f.name+"/a FIN is left unanswered", func(t *testing.T) {
+			c := begin(t)
+			c.send(testenv.FIN|testenv.ACK, "forward")
+			c.r.age(silentBackend + moment)
+			reset(c, c.segment(testenv.ACK), c.upAck, 0, testenv.RST)
+		})
+		t.Run(f.name+"/not removed", func(t *testing.T) {
+			c := begin(t)
+			c.r.must(c.r.maps.SetBackendLife(1, maps.BackendLife{Generation: 3, State: maps.BackendDraining, Port: f.backend.Port()}))
+			data(c)
+			c.r.age(time.Hour)
+			data(c)
+		})
 	}
 }
 

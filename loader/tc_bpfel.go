@@ -28,25 +28,26 @@ type tcFlowTimeouts struct {
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
-	tcMapBackends         = "backends"
-	tcMapChanges          = "changes"
-	tcMapFlowLocks        = "flow_locks"
-	tcMapFlows            = "flows"
-	tcMapFrontends        = "frontends"
-	tcMapPending          = "pending"
-	tcMapReasons          = "reasons"
-	tcMapRecord           = "record"
-	tcMapServiceNames     = "service_names"
-	tcMapServices         = "services"
-	tcMapSlots            = "slots"
-	tcProgNodeIn          = "node_in"
-	tcProgNodeOut         = "node_out"
-	tcProgPodIn           = "pod_in"
-	tcProgPodOut          = "pod_out"
-	tcVarCsumIpv6Flag     = "csum_ipv6_flag"
-	tcVarHashKey          = "hash_key"
-	tcVarLinkHeaderLength = "link_header_length"
-	tcVarTimeoutsNs       = "timeouts_ns"
+	tcMapBackends               = "backends"
+	tcMapChanges                = "changes"
+	tcMapFlowLocks              = "flow_locks"
+	tcMapFlows                  = "flows"
+	tcMapFrontends              = "frontends"
+	tcMapPending                = "pending"
+	tcMapReasons                = "reasons"
+	tcMapRecord                 = "record"
+	tcMapServiceNames           = "service_names"
+	tcMapServices               = "services"
+	tcMapSlots                  = "slots"
+	tcProgNodeIn                = "node_in"
+	tcProgNodeOut               = "node_out"
+	tcProgPodIn                 = "pod_in"
+	tcProgPodOut                = "pod_out"
+	tcVarCsumIpv6Flag           = "csum_ipv6_flag"
+	tcVarHashKey                = "hash_key"
+	tcVarLinkHeaderLength       = "link_header_length"
+	tcVarSilentBackendTimeoutMs = "silent_backend_timeout_ms"
+	tcVarTimeoutsNs             = "timeouts_ns"
 )
 
 // loadTc returns the embedded CollectionSpec for tc.
@@ -118,10 +119,11 @@ type tcMapSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type tcVariableSpecs struct {
-	CsumIpv6Flag     *ebpf.VariableSpec `ebpf:"csum_ipv6_flag"`
-	HashKey          *ebpf.VariableSpec `ebpf:"hash_key"`
-	LinkHeaderLength *ebpf.VariableSpec `ebpf:"link_header_length"`
-	TimeoutsNs       *ebpf.VariableSpec `ebpf:"timeouts_ns"`
+	CsumIpv6Flag           *ebpf.VariableSpec `ebpf:"csum_ipv6_flag"`
+	HashKey                *ebpf.VariableSpec `ebpf:"hash_key"`
+	LinkHeaderLength       *ebpf.VariableSpec `ebpf:"link_header_length"`
+	SilentBackendTimeoutMs *ebpf.VariableSpec `ebpf:"silent_backend_timeout_ms"`
+	TimeoutsNs             *ebpf.VariableSpec `ebpf:"timeouts_ns"`
 }
 
 // tcObjects contains all objects after they have been loaded into the kernel.
@@ -177,10 +179,11 @@ func (m *tcMaps) Close() error {
 //
 // It can be passed to loadTcObjects or ebpf.CollectionSpec.LoadAndAssign.
 type tcVariables struct {
-	CsumIpv6Flag     *ebpf.Variable `ebpf:"csum_ipv6_flag"`
-	HashKey          *ebpf.Variable `ebpf:"hash_key"`
-	LinkHeaderLength *ebpf.Variable `ebpf:"link_header_length"`
-	TimeoutsNs       *ebpf.Variable `ebpf:"timeouts_ns"`
+	CsumIpv6Flag           *ebpf.Variable `ebpf:"csum_ipv6_flag"`
+	HashKey                *ebpf.Variable `ebpf:"hash_key"`
+	LinkHeaderLength       *ebpf.Variable `ebpf:"link_header_length"`
+	SilentBackendTimeoutMs *ebpf.Variable `ebpf:"silent_backend_timeout_ms"`
+	TimeoutsNs             *ebpf.Variable `ebpf:"timeouts_ns"`
 }
 
 // tcPrograms contains all programs after they have been loaded into the kernel.

@@ -66,7 +66,7 @@ type bpfFlow struct {
 	Generation      uint32
 	Acknowledgement uint32
 	Answer          uint32
-	SilentSinceS    uint32
+	SilentSinceMs   uint32
 	LastSeenNs      uint64
 	Packets         uint64
 	Bytes           uint64
@@ -174,7 +174,8 @@ const (
 	bpfReasonREASON_LOCK_BUSY       bpfReason = 23
 	bpfReasonREASON_DIRECT          bpfReason = 24
 	bpfReasonREASON_NEW_DIRECT      bpfReason = 25
-	bpfReasonREASON_COUNT           bpfReason = 26
+	bpfReasonREASON_SILENT_BACKEND  bpfReason = 26
+	bpfReasonREASON_COUNT           bpfReason = 27
 )
 
 type bpfRecord struct {

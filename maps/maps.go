@@ -61,7 +61,7 @@ const (
 )
 
 // LayoutVersion is that of bpf/types.h; a test holds the two together.
-const LayoutVersion = 2
+const LayoutVersion = 3
 
 var (
 	// ErrInUse says that another agent owns the maps of a folder.

@@ -237,6 +237,25 @@ func TestPhase(t *testing.T) {
 	}
 }
 
+func TestDurationOrOff(t *testing.T) {
+	for text, want := range map[string]time.Duration{"5s": 5 * time.Second, "0": 0, "0s": 0, "off": -1, "1m30s": 90 * time.Second} {
+		var d durationOrOff
+		if err := d.Set(text); err != nil || time.Duration(d) != want {
+			t.Errorf("%s: %v, %v", text, time.Duration(d), err)
+		}
+		var again durationOrOff
+		if err := again.Set(d.String()); err != nil || again != d {
+			t.Errorf("%s is shown as %s, which is read as %s: %v", text, d.String(), again.String(), err)
+		}
+	}
+	for _, text := range []string{"", "5", "-1s", "never", "OFF"} {
+		var d durationOrOff
+		if err := d.Set(text); err == nil {
+			t.Errorf("%q is taken for %s", text, d.String())
+		}
+	}
+}
+
 // TestHelp: every command says what it does, and every verb shows how it is used.
 func TestHelp(t *testing.T) {
 	var walk func(*cobra.Command)

@@ -3,7 +3,9 @@
 package main
 
 import (
+	"errors"
 	"log/slog"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -38,6 +40,7 @@ func newRun(p *places) *cobra.Command {
 	f.StringVar(&c.NodeName, "hostname-override", c.NodeName, "this node's `name`, as nodeName and Node objects have it")
 	f.StringSliceVar(&c.Devices.Devices, "devices", c.Devices.Devices, "`patterns` of the node's own devices (default those with a default route, and overlay devices)")
 	f.StringSliceVar(&c.Devices.PodDevices, "pod-devices", c.Devices.PodDevices, "`patterns` of the host's ends of pods' devices")
+	f.Var((*durationOrOff)(&c.SilentBackend), "silent-backend-timeout", "`time` that a TCP backend which is gone from every EndpointSlice may leave a segment unanswered before its client is told by a reset; 0: at once, off: never")
 	f.Uint32Var(&c.Sizes.Flows, "flows", c.Sizes.Flows, "largest `number` of entries of the flow table, two to a connection, and a quarter as many for those that begin; the least recently used make room")
 	f.Uint32Var(&c.Sizes.Services, "max-services", c.Sizes.Services, "largest `number` of services, one to a port and family of a Service")
 	f.Uint32Var(&c.Sizes.Frontends, "max-frontends", c.Sizes.Frontends, "largest `number` of addresses that services are reached at")
@@ -45,3 +48,28 @@ func newRun(p *places) *cobra.Command {
 	f.Uint32Var(&c.Sizes.Slots, "max-slots", c.Sizes.Slots, "largest `number` of entries of all services' lookup tables")
 	return cmd
 }
+
+// durationOrOff is a flag's value that is a duration, or "off", which is a negative one.
+type durationOrOff time.Duration
+
+func (d *durationOrOff) String() string {
+	if *d < 0 {
+		return "off"
+	}
+	return time.Duration(*d).String()
+}
+
+func (d *durationOrOff) Set(text string) error {
+	if text == "off" {
+		*d = -1
+		return nil
+	}
+	value, err := time.ParseDuration(text)
+	if err != nil || value < 0 {
+		return errors.New("want a duration such as 5s, or off")
+	}
+	*d = durationOrOff(value)
+	return nil
+}
+
+func (d *durationOrOff) Type() string { return "duration" }
