@@ -286,6 +286,9 @@ func (f *Folder) take(name string, now time.Time) bool {
 	}
 	path, objects, problems := contents(path, text, err)
 	s.read, s.pending = s.print, time.Time{}
+	if err != nil { // what was in the way may go without a trace on the file: it is tried at every look
+		s.read = fingerprint{}
+	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.set.put(path, objects, problems)

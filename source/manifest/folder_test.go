@@ -15,6 +15,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"go.uber.org/goleak"
+	"golang.org/x/sys/unix"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/watch"
@@ -256,6 +257,23 @@ func TestUnreadableFiles(t *testing.T) {
 		"held: folder.yaml", "held: link.yaml")
 	write(t, filepath.Join(dir, "nothing"), svc("web", 80))
 	must(t, os.Remove(filepath.Join(dir, "folder.yaml")))
+	f.await("web:80")
+}
+
+// TestUnreadForNow: that a file could not be read is no reason never to try again. What stands in the way here,
+// a lease as file servers take them, leaves no trace on the file when it ends.
+func TestUnreadForNow(t *testing.T) {
+	dir := t.TempDir()
+	path := filepath.Join(dir, "web.yaml")
+	write(t, path, svc("web", 80))
+	holder, err := os.OpenFile(path, os.O_RDWR, 0)
+	must(t, err)
+	defer holder.Close()
+	_, err = unix.FcntlInt(holder.Fd(), unix.F_SETLEASE, unix.F_WRLCK)
+	must(t, err)
+	f := followAt(t, dir, 20*time.Millisecond, 50*time.Millisecond)
+	f.await("", "web.yaml: cannot be read: resource temporarily unavailable", "held: web.yaml")
+	holder.Close()
 	f.await("web:80")
 }
 
