@@ -12,6 +12,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"sync"
 	"syscall"
 	"time"
 )
@@ -78,7 +79,7 @@ func RemoveStale(path string) (removed bool, err error) {
 }
 
 // Serve answers at `l` until ctx ends, and returns nil then. `status` is called for each request, by several
-// goroutines at once.
+// goroutines at once, and by none when Serve has returned.
 func Serve(ctx context.Context, l net.Listener, status func() (Status, error)) error {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /v1/status", func(w http.ResponseWriter, _ *http.Request) {
@@ -91,7 +92,18 @@ func Serve(ctx context.Context, l net.Listener, status func() (Status, error)) e
 		// An error here is the reader's going away.
 		_ = json.NewEncoder(w).Encode(s)
 	})
-	server := &http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second, WriteTimeout: 10 * time.Second}
+	var connections sync.WaitGroup // Shutdown waits for them, but only for a while, and Close does not
+	server := &http.Server{
+		Handler: mux, ReadHeaderTimeout: 5 * time.Second, WriteTimeout: 10 * time.Second,
+		ConnState: func(_ net.Conn, state http.ConnState) {
+			switch state {
+			case http.StateNew:
+				connections.Add(1)
+			case http.StateClosed:
+				connections.Done()
+			}
+		},
+	}
 	stopped := make(chan struct{})
 	cancel := context.AfterFunc(ctx, func() {
 		defer close(stopped)
@@ -105,6 +117,8 @@ func Serve(ctx context.Context, l net.Listener, status func() (Status, error)) e
 	if !cancel() {
 		<-stopped
 	}
+	server.Close()
+	connections.Wait()
 	if errors.Is(err, http.ErrServerClosed) {
 		return nil
 	}

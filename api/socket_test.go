@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -74,6 +75,33 @@ func TestStatusFails(t *testing.T) {
 	client := NewClient(serve(t, func() (Status, error) { return Status{}, errors.New("no maps") }))
 	if _, err := client.Status(t.Context()); err == nil || !strings.Contains(err.Error(), "500") {
 		t.Errorf("got %v", err)
+	}
+}
+
+// TestServeEndsLast: when Serve returns nobody asks for a status any more, which may read what is closed then.
+func TestServeEndsLast(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "lbagent.sock")
+	l, err := Listen(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, stop := context.WithCancel(t.Context())
+	var ended atomic.Bool
+	served := make(chan error)
+	go func() {
+		served <- Serve(ctx, l, func() (Status, error) {
+			stop()
+			<-time.After(1500 * time.Millisecond) // as over a large flow table, and longer than Serve is polite
+			ended.Store(true)
+			return Status{}, nil
+		})
+	}()
+	_, _ = NewClient(path).Status(t.Context())
+	if err := <-served; err != nil {
+		t.Error(err)
+	}
+	if !ended.Load() {
+		t.Error("a status is still being made")
 	}
 }
 
