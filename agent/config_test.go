@@ -3,6 +3,8 @@
 package agent
 
 import (
+	"errors"
+	"fmt"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -81,4 +83,14 @@ func TestRetry(t *testing.T) {
 		}
 		r.stop()
 	})
+}
+
+func TestBrief(t *testing.T) {
+	var errs []error
+	for i, want := range []string{"e0", "e0; e1", "e0; e1; e2", "e0; e1; e2; e3", "e0; e1; e2; e3; e4", "e0; e1; e2; e3; e4; and 1 more"} {
+		errs = append(errs, fmt.Errorf("e%d", i))
+		if got := brief(errors.Join(errs...)); got != want {
+			t.Errorf("%d errors: %q, want %q", i+1, got, want)
+		}
+	}
 }

@@ -4,7 +4,9 @@ package agent
 
 import (
 	"context"
+	"fmt"
 	"slices"
+	"strings"
 	"sync/atomic"
 	"time"
 
@@ -134,8 +136,8 @@ func (a *agent) write() {
 		return
 	}
 	a.apply.Failures++
-	if text := err.Error(); text != a.apply.LastError { // once, however often it is tried
-		a.config.Log.Error("maps not written, tried again", "error", err)
+	if text := brief(err); text != a.apply.LastError { // once, however often it is tried
+		a.config.Log.Error("maps not written, tried again", "error", text)
 		a.apply.LastError = text
 	}
 	a.applyRetry.failed()
@@ -162,8 +164,8 @@ func (a *agent) attach() {
 		a.attachRetry.done()
 		return
 	}
-	if text := err.Error(); text != a.attachError {
-		a.config.Log.Error("programs not attached, tried again", "error", err)
+	if text := brief(err); text != a.attachError {
+		a.config.Log.Error("programs not attached, tried again", "error", text)
 		a.attachError = text
 	}
 	a.attachRetry.failed()
@@ -188,4 +190,15 @@ func (a *agent) tellDevices(attached []loader.Attached, uncovered []node.Uncover
 		}
 	}
 	a.attached, a.uncovered = attached, uncovered
+}
+
+// brief is an error on one line, and no more than some of many that are joined: where a map is full, each
+// Service that is left out has one.
+func brief(err error) string {
+	const most = 5
+	lines := strings.Split(err.Error(), "\n")
+	if more := len(lines) - most; more > 0 {
+		lines = append(lines[:most], fmt.Sprintf("and %d more", more))
+	}
+	return strings.Join(lines, "; ")
 }

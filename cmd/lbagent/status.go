@@ -124,7 +124,7 @@ func agentRows(s api.Status, now time.Time) [][]string {
 	if s.Apply != nil {
 		line := "all in the maps"
 		if s.Apply.Pending > 0 {
-			line = fmt.Sprintf("%d changes pending", s.Apply.Pending)
+			line = fmt.Sprintf("changes pending: %d", s.Apply.Pending)
 		}
 		line += ", last written " + ago(s.Apply.LastApply, now)
 		if s.Apply.LastError != "" {
