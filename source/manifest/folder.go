@@ -253,6 +253,7 @@ func (f *Folder) step(now time.Time) (next time.Time) {
 		return latest
 	}
 	slices.Sort(ready)
+	f.follow(ready)
 	for _, name := range ready {
 		if !f.take(name, now) {
 			latest = later(latest, now.Add(f.still))
@@ -267,6 +268,29 @@ func later(a, b time.Time) time.Time {
 		return a
 	}
 	return b
+}
+
+// follow looks which files that are gone have become others that are new. They are those from now on: a broken
+// file that is renamed keeps in force what it held last.
+func (f *Folder) follow(ready []string) {
+	type inode struct{ device, number uint64 }
+	unread := map[inode]string{}
+	for name, s := range f.sights {
+		if s.read == (fingerprint{}) {
+			unread[inode{s.print.device, s.print.inode}] = name
+		}
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for _, name := range ready {
+		s := f.sights[name]
+		if s.print != (fingerprint{}) || s.read == (fingerprint{}) {
+			continue
+		}
+		if to, ok := unread[inode{s.read.device, s.read.inode}]; ok {
+			f.set.rename(f.path(name), f.path(to))
+		}
+	}
 }
 
 // take reads one file, or takes in that it is gone. It returns false if the file changed meanwhile.

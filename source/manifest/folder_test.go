@@ -364,6 +364,40 @@ func TestEditors(t *testing.T) {
 	}
 }
 
+// TestRenamedWhileBroken: another name is no end of what a file had in force, or may have had at the last run.
+func TestRenamedWhileBroken(t *testing.T) {
+	for _, to := range []string{"a.yaml", "z.yaml"} {
+		t.Run(to, func(t *testing.T) {
+			t.Parallel()
+			dir := t.TempDir()
+			file, renamed := filepath.Join(dir, "web.yaml"), filepath.Join(dir, to)
+			write(t, file, svc("web", 80))
+			f := followSlowly(t, dir)
+			f.await("web:80")
+			write(t, file, svc("web", 0))
+			must(t, os.Rename(file, renamed)) // while it is running
+			f.await("web:80", to+": "+badPort)
+			if file, document := f.FileOf("Service default/web"); file != renamed || document != 1 {
+				t.Errorf("web is in %s, document %d", file, document)
+			}
+			must(t, os.Rename(renamed, file))
+			f.await("web:80", "web.yaml: "+badPort)
+
+			again := followSlowly(t, dir) // at the start
+			again.await("", "web.yaml: "+badPort, "held: web.yaml")
+			must(t, os.Rename(file, renamed))
+			again.await("", to+": "+badPort, "held: "+to)
+
+			write(t, renamed, svc("web", 81))
+			f.await("web:81")
+			again.await("web:81")
+			must(t, os.Remove(renamed))
+			f.await("")
+			again.await("")
+		})
+	}
+}
+
 // TestWrittenInPieces: a file that is being written is read when it is complete, though parts of it parse.
 func TestWrittenInPieces(t *testing.T) {
 	dir := t.TempDir()

@@ -80,6 +80,14 @@ func (s *set) remove(path string) {
 	}
 }
 
+// rename takes in that a file has another name, under which none is known.
+func (s *set) rename(from, to string) {
+	if f := s.files[from]; f != nil && s.files[to] == nil {
+		delete(s.files, from)
+		f.path, s.files[to] = to, f
+	}
+}
+
 // settle puts in force what can be of all that was taken in. What changes together (an object that moves to
 // another file, a file that is renamed) takes effect together. It does not depend on the order in which files
 // were taken in: of two files with one object, the one that has it in force and still holds it keeps it, else
