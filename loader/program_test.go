@@ -69,7 +69,7 @@ type rig struct {
 
 // shared are the programs of all these tests: to verify them takes longer than most tests do.
 var shared = sync.OnceValues(func() (*rig, error) {
-	m, err := maps.New(maps.Sizes{Frontends: 64, Services: 16, Slots: 1024, Backends: 256, Flows: 65536})
+	m, err := maps.New(maps.Sizes{Frontends: 1024, Services: 16, Slots: 1024, Backends: 256, Flows: 1 << 18})
 	if err != nil {
 		return nil, err
 	}
