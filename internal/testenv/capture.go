@@ -8,8 +8,10 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"slices"
 	"syscall"
 	"time"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
@@ -81,6 +83,36 @@ func (p *PacketSocket) Close() error { return p.file.Close() }
 func (p *PacketSocket) Send(frame []byte) error {
 	_, err := p.file.Write(frame)
 	return err
+}
+
+// SendAll sends what `next` returns, a batch by one system call, until it returns none. Frames that find the
+// device's queue full are lost, as on any network.
+func (p *PacketSocket) SendAll(next func() [][]byte) error {
+	type message struct { // struct mmsghdr
+		header unix.Msghdr
+		length uint32
+		_      uint32
+	}
+	var failed error
+	err := p.conn.Control(func(fd uintptr) {
+		var messages []message
+		var parts []unix.Iovec
+		for frames := next(); len(frames) > 0; frames = next() {
+			messages, parts = slices.Grow(messages[:0], len(frames))[:len(frames)], slices.Grow(parts[:0], len(frames))[:len(frames)]
+			for i, frame := range frames {
+				parts[i].Base = &frame[0]
+				parts[i].SetLen(len(frame))
+				messages[i] = message{header: unix.Msghdr{Iov: &parts[i]}}
+				messages[i].header.SetIovlen(1)
+			}
+			_, _, errno := unix.Syscall6(unix.SYS_SENDMMSG, fd, uintptr(unsafe.Pointer(&messages[0])), uintptr(len(messages)), 0, 0, 0)
+			if errno != 0 && errno != unix.ENOBUFS && errno != unix.EAGAIN {
+				failed = fmt.Errorf("send a batch of frames: %w", errno)
+				return
+			}
+		}
+	})
+	return errors.Join(err, failed)
 }
 
 // Next returns the next frame. Within the timeout there is none: os.ErrDeadlineExceeded. With a timeout of 0
