@@ -105,9 +105,6 @@ func (t *Table) Update(name Name, svc *corev1.Service, endpointSlices []*discove
 	return t.settle(dirty)
 }
 
-// Delete is Update with a Service that is not there. Deleting what is not there changes nothing.
-func (t *Table) Delete(name Name) Change { return t.Update(name, nil, nil) }
-
 // Problems returns what is wrong with the objects in the Table, sorted. File and Document are empty: where an
 // object came from is not known here. The cost is proportional to the problems, not to the Services.
 func (t *Table) Problems() []lb.Problem {

@@ -223,8 +223,8 @@ func TestChangesAreMinimal(t *testing.T) {
 	}
 }
 
-func TestDeleteOfTheMissing(t *testing.T) {
-	if got := NewTable().Delete(defaultWeb).text(); got != "" {
+func TestUpdateOfTheMissing(t *testing.T) {
+	if got := NewTable().Update(defaultWeb, nil, nil).text(); got != "" {
 		t.Errorf("change %q", got)
 	}
 }
@@ -237,7 +237,7 @@ func TestTableForgets(t *testing.T) {
 	}
 	table.Update(Name{"default", "d"}, tcp80(), nil) // a problem and nothing else
 	for _, name := range []string{"b", "a", "d", "c"} {
-		table.Delete(Name{"default", name})
+		table.Update(Name{"default", name}, nil, nil)
 	}
 	if n := len(table.objects) + len(table.problems) + len(table.claims) + len(table.contested) + len(table.inForce); n > 0 {
 		t.Errorf("left behind: %+v", table)
@@ -260,7 +260,7 @@ func BenchmarkUpdate(b *testing.B) {
 			for b.Loop() {
 				table.Update(Name{"default", "0"}, svc, few)
 				table.Update(Name{"default", "0"}, svc, many)
-				table.Delete(Name{"default", "0"})
+				table.Update(Name{"default", "0"}, nil, nil)
 			}
 		})
 	}
@@ -296,7 +296,7 @@ func play(t *testing.T, script []byte) {
 		var change Change
 		if svc == nil {
 			delete(objects, name)
-			change = table.Delete(name)
+			change = table.Update(name, nil, nil)
 		} else {
 			objects[name], endpointSlices[name] = svc, s
 			change = table.Update(name, svc, s)

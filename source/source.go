@@ -174,17 +174,10 @@ func (o *Objects) Run(ctx context.Context) error {
 	return nil
 }
 
-// Synced reports whether all that there was at first is known.
-func (o *Objects) Synced() bool {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	return o.synced
-}
-
 // Next waits until Services may have changed, and for a lull, and returns their names, each once, however
-// often it changed since; sorted. The first call returns every Service once all that there was at first is known, also where
-// there is none. A name may be of a Service that is gone, or that has never been though there are slices of
-// it. Returns an error only when ctx ends. For one caller at a time.
+// often it changed since; sorted. The first call returns every Service once all that there was at first is
+// known, also where there is none. A name may be of a Service that is gone, or that has never been though
+// there are slices of it. Returns an error only when ctx ends. For one caller at a time.
 func (o *Objects) Next(ctx context.Context) ([]Name, error) {
 	for {
 		select {

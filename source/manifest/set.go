@@ -109,7 +109,7 @@ func (s *set) settle() {
 			break
 		}
 		// A loser stays as it was, which may be in the way of others in turn.
-		candidates = slices.DeleteFunc(candidates, func(f *file) bool { return slices.Contains(losers, f) })
+		candidates = slices.DeleteFunc(candidates, func(f *file) bool { return len(f.conflict) > 0 })
 		rest = append(rest, losers...)
 	}
 	s.install(candidates)
