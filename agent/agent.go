@@ -26,8 +26,8 @@ import (
 // Run runs the agent until ctx ends, and returns nil then. It must be called in the network namespace of the
 // devices by a process that is in it with all its threads.
 //
-// The order is that in which nothing breaks. The maps come first: their folder's lock makes this agent the
-// only one, and until the first Apply they say what they said before. The programs are loaded before
+// The order is that in which nothing breaks. The socket and the maps come first: they make this agent the only
+// one, and until the first Apply they say what they said before. The programs are loaded before
 // anything is changed, so that a kernel that refuses them refuses early. All objects are read and resolved
 // before the first Apply, else it would remove what was not read yet. Devices get the programs when the maps
 // are right. Programs that an earlier agent attached run all the while.
@@ -43,16 +43,16 @@ func Run(ctx context.Context, c Config) (err error) {
 	if err := loader.MountBPF(c.BPFRoot); err != nil {
 		return err
 	}
+	socket, err := api.Listen(c.Socket) // before the maps: who is refused here has made none
+	if err != nil {
+		return err
+	}
+	defer socket.Close() // where Serve did not get to it
 	m, err := maps.Open(filepath.Join(c.BPFRoot, "maps"), c.Sizes)
 	if err != nil {
 		return err
 	}
 	defer closing(m.Close)
-	socket, err := api.Listen(c.Socket)
-	if err != nil {
-		return err
-	}
-	defer socket.Close() // where Serve did not get to it
 	reconciler, err := reconcile.New(m, c.Log)
 	if err != nil {
 		return err
@@ -89,6 +89,8 @@ func Run(ctx context.Context, c Config) (err error) {
 		c.Log.Warn("nothing is removed until manifests are mended or deleted", "files", folder.Held())
 	}
 	a.publish()
+	c.Log.Info("agent started", "version", Version(), "node", c.NodeName, "manifests", c.Manifests, "bpfRoot", c.BPFRoot)
+	defer func() { c.Log.Info("agent ends; the programs go on with what they know") }()
 	// Each of these owns what it starts, and returns nil when the context ends.
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return folder.Run(ctx) })

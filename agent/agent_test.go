@@ -300,9 +300,13 @@ func TestLife(t *testing.T) {
 
 	// A second agent is refused and changes nothing, by the maps or by the socket.
 	before := s.ids()
-	second := s.start(s.config)
-	if err := second.Wait(); err == nil || !strings.Contains(second.log.String(), maps.ErrInUse.Error()) {
-		t.Errorf("a second agent: %v, %s", err, second.log)
+	elsewhere := s.config
+	elsewhere.Socket += ".other"
+	for by, config := range map[error]agent.Config{api.ErrInUse: s.config, maps.ErrInUse: elsewhere} {
+		second := s.start(config)
+		if err := second.Wait(); err == nil || !strings.Contains(second.log.String(), by.Error()) {
+			t.Errorf("a second agent: %v, want %v: %s", err, by, second.log)
+		}
 	}
 	s.settled(8)
 

@@ -239,7 +239,8 @@ func (m *Maps) load(opts ebpf.CollectionOptions) error {
 	}
 	err = spec.LoadAndAssign(&m.bpf, &opts)
 	if errors.Is(err, ebpf.ErrMapIncompatible) {
-		return fmt.Errorf("%w in %s: %w; `lbagent cleanup` removes them, and with them every flow", ErrSize, opts.Maps.PinPath, err)
+		return fmt.Errorf("%w in %s, see --flows, --max-services, --max-frontends, --max-backends and --max-slots: %w; `lbagent cleanup` removes them, and with them every flow",
+			ErrSize, opts.Maps.PinPath, err)
 	}
 	if err != nil {
 		return fmt.Errorf("make the maps: %w", err)
