@@ -10,6 +10,8 @@ import (
 	"slices"
 	"strings"
 
+	discoveryv1 "k8s.io/api/discovery/v1"
+
 	"github.com/lbagent/lbagent/lb"
 )
 
@@ -44,6 +46,7 @@ type file struct {
 	unknown  bool         // was there at the start and has not been good since: what it held then is not known
 	parsing  []lb.Problem // what is wrong with it alone
 	conflict []lb.Problem // what is wrong between it and others
+	strays   []lb.Problem // its EndpointSlices that belong to no Service here
 }
 
 func newSet(log *slog.Logger) *set {
@@ -125,6 +128,30 @@ func (s *set) settle() {
 			}
 		}
 	}
+	s.findStrays()
+}
+
+// findStrays warns of EndpointSlices in force that belong to no Service of the folder: in a cluster one may come
+// before its Service, in a folder a name is misspelt.
+func (s *set) findStrays() {
+	for _, f := range s.files {
+		f.strays = nil
+	}
+	for name, o := range s.stores.kinds[endpointSlice].objects {
+		at := s.owners[name]
+		p := lb.Problem{File: at.file.path, Document: at.document, Object: name, Field: "metadata.labels", Severity: lb.Warning}
+		of, labelled := o.GetLabels()[discoveryv1.LabelServiceName]
+		owner := objectName(string(service), o.GetNamespace(), of)
+		switch _, there := s.owners[owner]; {
+		case !labelled:
+			p.Message = fmt.Sprintf("no label %s: it belongs to no Service", discoveryv1.LabelServiceName)
+		case !there:
+			p.Message = fmt.Sprintf("%s: there is no %s among the manifests", discoveryv1.LabelServiceName, owner)
+		default:
+			continue
+		}
+		at.file.strays = append(at.file.strays, p)
+	}
 }
 
 // conflicts returns those of the candidates that cannot be put in force together with the others and with
@@ -205,7 +232,7 @@ func (s *set) install(files []*file) {
 func (s *set) problems() (all []lb.Problem) {
 	for _, path := range slices.Sorted(maps.Keys(s.files)) {
 		f := s.files[path]
-		all = append(all, limit(slices.Concat(f.parsing, f.conflict))...)
+		all = append(all, limit(slices.Concat(f.parsing, f.conflict, f.strays))...)
 		if f.unknown && !f.read {
 			all = append(all, lb.Problem{File: path, Message: "not read yet: it does not stop changing"})
 		}

@@ -157,6 +157,37 @@ func TestValidate(t *testing.T) {
 	}
 }
 
+// TestStrays: an EndpointSlice that belongs to no Service is in force and named, until there is one.
+func TestStrays(t *testing.T) {
+	s := newSet(slog.New(slog.DiscardHandler))
+	slice := func(name, labels string) string {
+		return "apiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata: {name: " + name + labels + "}\naddressType: IPv4\nendpoints: []\n"
+	}
+	s.put(contents("slices.yaml", []byte(slice("a", "")+"---\n"+slice("b", ", labels: {kubernetes.io/service-name: wbe}")+
+		"---\n"+slice("c", ", labels: {kubernetes.io/service-name: web}")), nil))
+	s.put(contents("web.yaml", []byte(svc("web", 80)), nil))
+	const (
+		unlabelled = "warning: slices.yaml: document 1: EndpointSlice default/a: metadata.labels: no label kubernetes.io/service-name: it belongs to no Service"
+		misspelt   = "warning: slices.yaml: document 2: EndpointSlice default/b: metadata.labels: kubernetes.io/service-name: there is no Service default/wbe among the manifests"
+		orphaned   = "warning: slices.yaml: document 3: EndpointSlice default/c: metadata.labels: kubernetes.io/service-name: there is no Service default/web among the manifests"
+	)
+	expect := func(want ...string) {
+		t.Helper()
+		s.settle()
+		if diff := cmp.Diff(want, lines(s.problems())); diff != "" {
+			t.Errorf("problems (-want +got):\n%s", diff)
+		}
+	}
+	expect(unlabelled, misspelt)
+	if n := len(s.stores.kinds[endpointSlice].objects); n != 3 {
+		t.Errorf("%d EndpointSlices in force", n)
+	}
+	s.remove("web.yaml")
+	expect(unlabelled, misspelt, orphaned)
+	s.put(contents("web.yaml", []byte(svc("web", 80)+"---\n"+svc("wbe", 81)), nil))
+	expect(unlabelled)
+}
+
 // TestStillness looks at times of its own choosing.
 func TestStillness(t *testing.T) {
 	dir := t.TempDir()
