@@ -94,10 +94,18 @@ func ProblemsOf(problems []lb.Problem) []Problem {
 }
 
 // MapsOf counts what is in the maps. Of `flows` it counts the halves, those included that have expired and
-// were not dropped yet; of `slots` those that services refer to.
+// were not dropped yet; of `slots` those that services refer to. Backends' own addresses are counted apart from
+// the frontends of services, as "identities"; they share a map.
 func MapsOf(m *maps.Maps) ([]Map, error) {
-	var frontends, services, slots, backends, flows, pending int
-	err := m.EachFrontend(func(maps.FrontendKey, maps.Frontend) bool { frontends++; return true })
+	var frontends, identities, services, slots, backends, flows, pending int
+	err := m.EachFrontend(func(_ maps.FrontendKey, f maps.Frontend) bool {
+		if lb.Kind(f.Kind) == lb.Identity {
+			identities++
+		} else {
+			frontends++
+		}
+		return true
+	})
 	if err != nil {
 		return nil, err
 	}
@@ -128,7 +136,7 @@ func MapsOf(m *maps.Maps) ([]Map, error) {
 	sizes := m.Sizes()
 	return []Map{
 		{"backends", backends, sizes.Backends}, {"flows", flows, sizes.Flows}, {"frontends", frontends, sizes.Frontends},
-		{"pending", pending, sizes.Flows / 4},
+		{"identities", identities, sizes.Frontends}, {"pending", pending, sizes.Flows / 4},
 		{"services", services, sizes.Services}, {"slots", slots, sizes.Slots},
 	}, nil
 }

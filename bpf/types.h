@@ -14,7 +14,7 @@
 #define NAME_LENGTH 64 /* a DNS label (RFC 1123) and its final zero */
 
 /* The version of all layouts below, kept in map `record`. Raise it with every change of a layout. */
-#define LAYOUT_VERSION 2
+#define LAYOUT_VERSION 3
 
 #define __one_byte __attribute__((packed)) /* an enum of one byte */
 
@@ -35,7 +35,7 @@ enum frontend_kind {
 	KIND_LOAD_BALANCER,
 	KIND_EXTERNAL,
 	KIND_HOST_PORT,
-	KIND_IDENTITY, /* a backend's own address; not written yet */
+	KIND_IDENTITY, /* a backend's own address; of no service */
 	KIND_ADDRESS, /* port 0, PROTOCOL_ANY: this address is a ClusterIP */
 } __one_byte;
 
@@ -104,7 +104,8 @@ struct backend {
 	__u8 address[ADDRESS_LENGTH];
 	struct backend_life life;
 	__u32 service;
-	__u32 pad;
+	enum protocol protocol;
+	__u8 pad[3];
 };
 _Static_assert(sizeof(struct backend) == 32, "no padding");
 

@@ -14,11 +14,12 @@ import (
 )
 
 type bpfBackend struct {
-	_       structs.HostLayout
-	Address [16]uint8
-	Life    bpfBackendLife
-	Service uint32
-	Pad     uint32
+	_        structs.HostLayout
+	Address  [16]uint8
+	Life     bpfBackendLife
+	Service  uint32
+	Protocol bpfProtocol
+	Pad      [3]uint8
 }
 
 type bpfBackendLife struct {

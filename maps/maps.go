@@ -61,7 +61,7 @@ const (
 )
 
 // LayoutVersion is that of bpf/types.h; a test holds the two together.
-const LayoutVersion = 2
+const LayoutVersion = 3
 
 var (
 	// ErrInUse says that another agent owns the maps of a folder.
@@ -632,6 +632,17 @@ func text(c []int8) string {
 // Addr returns where a backend is.
 func (b bpfBackend) Addr() netip.AddrPort {
 	return netip.AddrPortFrom(netip.AddrFrom16(b.Address).Unmap(), b.Life.Port)
+}
+
+// VIP returns the key by which a packet straight to a backend is looked up.
+func (b bpfBackend) VIP() lb.VIP {
+	return lb.VIP{Addr: b.Addr().Addr(), Port: b.Life.Port, Protocol: lb.Protocol(b.Protocol)}
+}
+
+// BackendOf returns a backend of a service as it is written, with address and protocol of an identity.
+func BackendOf(service uint32, at lb.VIP, l BackendLife) Backend {
+	l.Port = at.Port
+	return Backend{Address: at.Addr.As16(), Protocol: bpfProtocol(at.Protocol), Service: service, Life: l}
 }
 
 // From returns where a packet of this tuple comes from.

@@ -70,6 +70,11 @@ func (c content) check() error {
 				bad("address entry %s leads to %d", vip, f.Service)
 			}
 			continue
+		case lb.Kind(f.Kind) == lb.Identity:
+			if vip.Port == 0 || vip.Protocol == 0 || f.Service != 0 {
+				bad("identity %s leads to %d", vip, f.Service)
+			}
+			continue
 		case f.Service == 0:
 			bad("frontend %s leads nowhere", vip)
 		case c.names[f.Service] == lb.ServiceName{}:
@@ -139,6 +144,8 @@ func (c content) String() string {
 	for vip, f := range c.frontends {
 		if lb.Kind(f.Kind) == lb.Address {
 			lines = append(lines, "~address "+vip.Addr.String()+"\n")
+		} else if lb.Kind(f.Kind) == lb.Identity {
+			lines = append(lines, "~identity "+vip.String()+"\n")
 		} else if _, ok := c.names[f.Service]; !ok {
 			strays = append(strays, fmt.Sprintf("stray frontend %s %s\n", vip, lb.Kind(f.Kind)))
 		}
@@ -159,7 +166,7 @@ func expected(desired map[lb.ServiceName]lb.Service) string {
 	for name, svc := range desired {
 		id := uint32(len(c.names) + 1)
 		c.names[id] = name
-		for _, f := range svc.Frontends {
+		for _, f := range svc.Frontends { // in the place of any identity
 			c.frontends[f.VIP] = maps.FrontendOf(id, f.Kind)
 			if f.Kind == lb.ClusterIP {
 				c.frontends[addressVIP(f.VIP.Addr)] = maps.FrontendOf(0, lb.Address)
@@ -167,12 +174,16 @@ func expected(desired map[lb.ServiceName]lb.Service) string {
 		}
 		for _, b := range svc.Backends {
 			n := uint32(len(c.backends) + 1)
-			life := maps.BackendLife{State: maps.BackendDraining, Port: b.Addr.Port()}
+			life := maps.BackendLife{State: maps.BackendDraining}
 			if b.Cluster {
 				life.State = maps.BackendActive
 				c.slots[id] = append(c.slots[id], n)
 			}
-			c.backends[n] = maps.Backend{Address: b.Addr.Addr().As16(), Life: life, Service: id}
+			at := ownVIP(name, b.Addr)
+			c.backends[n] = maps.BackendOf(id, at, life)
+			if _, taken := c.frontends[at]; !taken {
+				c.frontends[at] = maps.FrontendOf(0, lb.Identity)
+			}
 		}
 		c.ranges[id] = maps.SlotRange{Count: uint32(len(c.slots[id]))}
 	}
@@ -185,7 +196,7 @@ func parse(text string) (map[lb.ServiceName]lb.Service, error) {
 	var name lb.ServiceName
 	for line := range strings.Lines(text) {
 		f := strings.Fields(line)
-		if len(f) == 0 || f[0] == "slots" || f[0] == "address" {
+		if len(f) == 0 || f[0] == "slots" || f[0] == "address" || f[0] == "identity" {
 			continue
 		}
 		svc := all[name]

@@ -35,7 +35,9 @@ type Reconciler struct {
 	// What the maps say.
 	services   map[lb.ServiceName]*service
 	frontends  map[lb.VIP]frontend // all keys of the map, ADDRESS entries too
+	identities int                 // how many of them are backends' own addresses
 	clusterIPs map[netip.Addr]int  // how many frontends of kind ClusterIP an address has; never 0
+	backendsAt map[lb.VIP]int      // how many backends with an id are here; never 0
 	former     map[endpoint]uint32 // REMOVED backends by what they were; all of them are free
 	serviceIDs idQueue             // free
 	backendIDs idQueue             // free
@@ -43,6 +45,7 @@ type Reconciler struct {
 
 	// What is still to be done. All of it stays until it is done, however many Applies that takes.
 	addresses map[netip.Addr]struct{} // whose ADDRESS entry may be wrong
+	direct    map[lb.VIP]struct{}     // that may be IDENTITY and should not, or the reverse
 	late      late
 	repairs   []func() error // of what no agent of ours leaves behind
 }
@@ -70,7 +73,7 @@ type service struct {
 }
 
 type frontend struct {
-	service *service // nil: an ADDRESS entry, or one that leads nowhere
+	service *service // nil: an ADDRESS or IDENTITY entry, or one that leads nowhere
 	kind    lb.Kind
 	kept    bool // restored from the maps, and not confirmed since by being desired
 }
@@ -78,24 +81,26 @@ type frontend struct {
 // endpoint is what a backend is, under whatever id.
 type endpoint struct {
 	service uint32
-	addr    netip.AddrPort
+	at      lb.VIP
 }
 
 // Stats are numbers of what is in the maps, and of what is still to be done.
 type Stats struct {
-	Services  int
-	Frontends int // with the entries that mark an address as a ClusterIP
-	Backends  int // active and draining ones, and those still to be removed
-	Pending   int // services and backends that are not yet as desired
+	Services   int
+	Frontends  int // with the entries that mark an address as a ClusterIP
+	Identities int // backends' own addresses that no service has for a frontend
+	Backends   int // active and draining ones, and those still to be removed
+	Pending    int // services, backends and their own addresses that are not yet as desired
 }
 
 // Stats returns the numbers as of now, in constant time.
 func (r *Reconciler) Stats() Stats {
 	return Stats{
-		Services:  len(r.services),
-		Frontends: len(r.frontends),
-		Backends:  int(r.sizes.Backends) - 1 - r.backendIDs.length,
-		Pending:   len(r.dirty) + len(r.late.services) + len(r.late.bumps),
+		Services:   len(r.services),
+		Frontends:  len(r.frontends) - r.identities,
+		Identities: r.identities,
+		Backends:   int(r.sizes.Backends) - 1 - r.backendIDs.length,
+		Pending:    len(r.dirty) + len(r.direct) + len(r.late.services) + len(r.late.bumps),
 	}
 }
 
@@ -223,6 +228,10 @@ func (r *Reconciler) wanted(name lb.ServiceName) ([]lb.Backend, bool) {
 //     told to look again, by the generation of their backend: one that began meanwhile by the old slots
 //     would get the new generation otherwise, and be valid for ever. Then ids and slots become free.
 //
+// A backend's own address is IDENTITY among the frontends while the backend has an id, unless a service has a
+// frontend there; from one to the other it goes by one overwrite. When it is written matters little: what a
+// client does meanwhile straight to the backend, without a flow, is what it always did.
+//
 // Whoever starts then finds services and backends that nothing leads to, which are removed like any other
 // that is not desired; New takes care of generations that a dying agent still had to raise.
 func (r *Reconciler) Apply() error {
@@ -241,6 +250,11 @@ func (r *Reconciler) Apply() error {
 		return err != nil
 	}
 	reserved := map[lb.VIP]struct{}{}
+	for vip := range r.direct { // what an earlier Apply could not write
+		if _, there := r.frontends[vip]; !there && r.backendsAt[vip] > 0 {
+			reserved[vip] = struct{}{}
+		}
+	}
 	names = slices.DeleteFunc(names, func(name lb.ServiceName) bool {
 		err := r.writeService(name, reserved)
 		if s := r.services[name]; err != nil && s != nil {
@@ -258,7 +272,7 @@ func (r *Reconciler) Apply() error {
 	for _, name := range names {
 		failed(name, r.endService(name))
 	}
-	errs = append(errs, r.finish())
+	errs = append(errs, r.finish(), r.fixIdentities())
 	return errors.Join(errs...)
 }
 
@@ -290,7 +304,7 @@ func (r *Reconciler) writeService(name lb.ServiceName, reserved map[lb.VIP]struc
 	if free := r.backendIDs.length; created > free {
 		return fmt.Errorf("%d more backends, and %d of %d ids are free (--max-backends)", created, free, r.sizes.Backends-1)
 	}
-	keys := r.newKeys(name, reserved)
+	keys, own := r.newKeys(name, backends, reserved)
 	for _, vip := range keys {
 		reserved[vip] = struct{}{}
 	}
@@ -298,7 +312,8 @@ func (r *Reconciler) writeService(name lb.ServiceName, reserved map[lb.VIP]struc
 		for _, vip := range keys {
 			delete(reserved, vip)
 		}
-		return fmt.Errorf("%d more frontends, and %d of %d are free (--max-frontends)", len(keys), free+len(keys), r.sizes.Frontends)
+		return fmt.Errorf("%d more frontends and %d more addresses of backends, and %d of %d are free (--max-frontends)",
+			len(keys)-own, own, free+len(keys), r.sizes.Frontends)
 	}
 	table := balance.Table(backends)
 	var slots maps.SlotRange
@@ -333,9 +348,9 @@ func (r *Reconciler) writeService(name lb.ServiceName, reserved map[lb.VIP]struc
 	return nil
 }
 
-// newKeys returns the keys of frontends that a service needs, the map does not have, and nobody reserved.
-func (r *Reconciler) newKeys(name lb.ServiceName, reserved map[lb.VIP]struct{}) []lb.VIP {
-	var keys []lb.VIP
+// newKeys returns the keys of frontends that a service needs, the map does not have, and nobody reserved; `own`
+// of them are for addresses of its backends.
+func (r *Reconciler) newKeys(name lb.ServiceName, backends []lb.Backend, reserved map[lb.VIP]struct{}) (keys []lb.VIP, own int) {
 	need := func(vip lb.VIP) {
 		_, there := r.frontends[vip]
 		_, soon := reserved[vip]
@@ -352,7 +367,20 @@ func (r *Reconciler) newKeys(name lb.ServiceName, reserved map[lb.VIP]struct{}) 
 		}
 	}
 	slices.SortFunc(keys, lb.VIP.Compare)
-	return slices.Compact(keys)
+	keys = slices.Compact(keys)
+	for _, b := range backends {
+		if vip := ownVIP(name, b.Addr); r.backendsAt[vip] == 0 && !slices.Contains(keys, vip) {
+			before := len(keys)
+			need(vip)
+			own += len(keys) - before
+		}
+	}
+	return keys, own
+}
+
+// ownVIP is where a backend of a service is reached without the service.
+func ownVIP(name lb.ServiceName, addr netip.AddrPort) lb.VIP {
+	return lb.VIP{Addr: addr.Addr(), Port: addr.Port(), Protocol: name.Protocol}
 }
 
 // inForce tells whether the slots of a service are what a table says already.
@@ -391,17 +419,17 @@ func (r *Reconciler) writeBackends(s *service, backends []lb.Backend) error {
 // the id look again, and find whether they belong here. Address and service are written while the backend is
 // REMOVED, so that no such flow is compared with half of them.
 func (r *Reconciler) addBackend(s *service, b lb.Backend) error {
-	is := endpoint{s.id, b.Addr}
+	is := endpoint{s.id, ownVIP(s.name, b.Addr)}
 	id, ok := r.former[is]
 	if !ok {
 		id = r.backendIDs.oldest()
 		before := r.maps.Backend(id)
 		life := before.Life
-		life.State, life.Port = maps.BackendRemoved, b.Addr.Port()
-		if err := r.maps.SetBackend(id, maps.Backend{Address: b.Addr.Addr().As16(), Life: life, Service: s.id}); err != nil {
+		life.State = maps.BackendRemoved
+		if err := r.maps.SetBackend(id, maps.BackendOf(s.id, is.at, life)); err != nil {
 			return err
 		}
-		if was := (endpoint{before.Service, before.Addr()}); r.former[was] == id {
+		if was := (endpoint{before.Service, before.VIP()}); r.former[was] == id {
 			delete(r.former, was)
 		}
 		r.former[is] = id
@@ -414,8 +442,29 @@ func (r *Reconciler) addBackend(s *service, b lb.Backend) error {
 	}
 	delete(r.former, is)
 	r.backendIDs.remove(id)
+	r.ref(is.at)
 	s.backends[b.Addr] = id
 	return nil
+}
+
+// ref notes that a backend here has an id, unref that it has one no more. Only damaged maps have one at the key
+// of an ADDRESS entry.
+func (r *Reconciler) ref(at lb.VIP) {
+	if at == addressVIP(at.Addr) {
+		return
+	}
+	r.backendsAt[at]++
+	r.direct[at] = struct{}{}
+}
+
+func (r *Reconciler) unref(at lb.VIP) {
+	if at == addressVIP(at.Addr) {
+		return
+	}
+	r.direct[at] = struct{}{}
+	if r.backendsAt[at]--; r.backendsAt[at] == 0 {
+		delete(r.backendsAt, at)
+	}
 }
 
 func stateOf(b lb.Backend) maps.BackendState {
@@ -542,7 +591,11 @@ func (r *Reconciler) putFrontend(vip lb.VIP, f frontend) error {
 	return nil
 }
 
+// deleteFrontend deletes a frontend, or overwrites it where it is a backend's own address too.
 func (r *Reconciler) deleteFrontend(vip lb.VIP) error {
+	if r.backendsAt[vip] > 0 {
+		return r.putFrontend(vip, frontend{kind: lb.Identity})
+	}
 	if err := r.maps.DeleteFrontend(maps.KeyOf(vip)); err != nil {
 		return err
 	}
@@ -553,6 +606,9 @@ func (r *Reconciler) deleteFrontend(vip lb.VIP) error {
 // remember notes a frontend that the map has now.
 func (r *Reconciler) remember(vip lb.VIP, f frontend) {
 	r.frontends[vip] = f
+	if f.kind == lb.Identity {
+		r.identities++
+	}
 	if f.service != nil {
 		f.service.frontends[vip] = struct{}{}
 		if f.kind == lb.ClusterIP {
@@ -566,6 +622,9 @@ func (r *Reconciler) remember(vip lb.VIP, f frontend) {
 func (r *Reconciler) forget(vip lb.VIP, now *service) {
 	f := r.frontends[vip]
 	delete(r.frontends, vip)
+	if f.kind == lb.Identity {
+		r.identities--
+	}
 	if f.service == nil {
 		return
 	}
@@ -601,6 +660,31 @@ func (r *Reconciler) fixAddresses() error {
 		}
 		if err == nil {
 			delete(r.addresses, addr)
+		}
+		errs = append(errs, err)
+	}
+	return errors.Join(errs...)
+}
+
+// fixIdentities makes those addresses of backends known as such that no service has a frontend at.
+func (r *Reconciler) fixIdentities() error {
+	var errs []error
+	for _, vip := range sorted(r.direct, lb.VIP.Compare) {
+		var err error
+		f, there := r.frontends[vip]
+		switch want := r.backendsAt[vip] > 0; {
+		case f.service != nil:
+		case want && f.kind != lb.Identity:
+			if !there && len(r.frontends) >= int(r.sizes.Frontends) {
+				err = fmt.Errorf("backend %s: all %d frontends are taken (--max-frontends)", vip, r.sizes.Frontends)
+			} else {
+				err = r.putFrontend(vip, frontend{kind: lb.Identity})
+			}
+		case !want && there:
+			err = r.deleteFrontend(vip)
+		}
+		if err == nil {
+			delete(r.direct, vip)
 		}
 		errs = append(errs, err)
 	}
@@ -716,7 +800,8 @@ func (r *Reconciler) removeBackend(id uint32) error {
 		return err
 	}
 	delete(r.late.bumps, id)
-	r.former[endpoint{b.Service, b.Addr()}] = id
+	r.former[endpoint{b.Service, b.VIP()}] = id
+	r.unref(b.VIP())
 	r.backendIDs.push(id)
 	return nil
 }

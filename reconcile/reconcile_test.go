@@ -277,28 +277,41 @@ func TestDamagedMaps(t *testing.T) {
 	}
 	backend := func(service uint32, addr string, state maps.BackendState) maps.Backend {
 		a := netip.MustParseAddrPort(addr)
-		return maps.Backend{Address: a.Addr().As16(), Service: service, Life: maps.BackendLife{Generation: 7, State: state, Port: a.Port()}}
+		return maps.BackendOf(service, lb.VIP{Addr: a.Addr(), Port: a.Port(), Protocol: lb.TCP}, maps.BackendLife{Generation: 7, State: state})
 	}
 	address := func(a string) maps.FrontendKey { return maps.KeyOf(addressVIP(netip.MustParseAddr(a))) }
 	for what, damage := range map[string]func(g *rig) error{
-		"a backend of a nameless service":       func(g *rig) error { return g.m.SetBackend(20, backend(9, "10.9.9.9:1", maps.BackendActive)) },
-		"a backend of no service":               func(g *rig) error { return g.m.SetBackend(20, backend(0, "10.9.9.9:1", maps.BackendDraining)) },
-		"a backend of a service out of range":   func(g *rig) error { return g.m.SetBackend(20, backend(1<<30, "10.9.9.9:1", maps.BackendActive)) },
-		"a backend in an unknown state":         func(g *rig) error { return g.m.SetBackend(20, backend(1, "10.9.9.9:1", 99)) },
-		"a backend twice":                       func(g *rig) error { return g.m.SetBackend(20, backend(1, "10.0.3.1:6443", maps.BackendActive)) },
-		"a name without slots":                  func(g *rig) error { return name(g, 9, "default/other/TCP") },
-		"a name twice":                          func(g *rig) error { return name(g, 9, "default/web:http/TCP") },
-		"a name out of range":                   func(g *rig) error { return name(g, 1<<20, "default/web:http/TCP") },
-		"a lost name":                           func(g *rig) error { return g.m.DeleteServiceName(1) },
-		"a frontend of a nameless service":      func(g *rig) error { return g.m.SetFrontend(vip("10.9.9.9:1/TCP"), maps.FrontendOf(9, lb.External)) },
-		"a frontend of no service":              func(g *rig) error { return g.m.SetFrontend(vip("10.9.9.9:1/TCP"), maps.FrontendOf(0, lb.ClusterIP)) },
-		"a frontend of a service out of range":  func(g *rig) error { return g.m.SetFrontend(vip("10.9.9.9:1/TCP"), maps.FrontendOf(1<<30, lb.External)) },
-		"a desired frontend that leads nowhere": func(g *rig) error { return g.m.SetFrontend(vip("10.96.0.1:443/TCP"), maps.FrontendOf(0, lb.ClusterIP)) },
-		"an address of no frontend":             func(g *rig) error { return g.m.SetFrontend(address("10.9.9.9"), maps.FrontendOf(0, lb.Address)) },
-		"an address of another kind":            func(g *rig) error { return g.m.SetFrontend(address("10.96.0.1"), maps.FrontendOf(1, lb.External)) },
-		"a lost address":                        func(g *rig) error { return g.m.DeleteFrontend(address("10.96.0.1")) },
-		"overlapping slots":                     func(g *rig) error { return g.m.SetServiceCluster(1, g.m.Service(3).Cluster) },
-		"slots out of range":                    func(g *rig) error { return g.m.SetServiceCluster(1, maps.SlotRange{First: 60, Count: 8}) },
+		"a backend of a nameless service":     func(g *rig) error { return g.m.SetBackend(20, backend(9, "10.9.9.9:1", maps.BackendActive)) },
+		"a backend of no service":             func(g *rig) error { return g.m.SetBackend(20, backend(0, "10.9.9.9:1", maps.BackendDraining)) },
+		"a backend of a service out of range": func(g *rig) error { return g.m.SetBackend(20, backend(1<<30, "10.9.9.9:1", maps.BackendActive)) },
+		"a backend in an unknown state":       func(g *rig) error { return g.m.SetBackend(20, backend(1, "10.9.9.9:1", 99)) },
+		"a backend twice":                     func(g *rig) error { return g.m.SetBackend(20, backend(1, "10.0.3.1:6443", maps.BackendActive)) },
+		"a backend of another protocol": func(g *rig) error {
+			b := g.m.Backend(1)
+			b.Protocol = maps.KeyOf(lb.VIP{Addr: b.Addr().Addr(), Protocol: lb.UDP}).Protocol
+			return g.m.SetBackend(1, b)
+		},
+		"a backend without a port": func(g *rig) error {
+			return g.m.SetBackend(20, maps.Backend{Address: g.m.Backend(1).Address, Life: maps.BackendLife{State: maps.BackendActive}})
+		},
+		"an identity of no backend":              func(g *rig) error { return g.m.SetFrontend(vip("10.9.9.9:1/TCP"), maps.FrontendOf(0, lb.Identity)) },
+		"an identity of a service":               func(g *rig) error { return g.m.SetFrontend(vip("10.0.3.1:6443/TCP"), maps.FrontendOf(1, lb.Identity)) },
+		"an identity in the place of a frontend": func(g *rig) error { return g.m.SetFrontend(vip("10.96.0.1:443/TCP"), maps.FrontendOf(0, lb.Identity)) },
+		"a lost identity":                        func(g *rig) error { return g.m.DeleteFrontend(vip("10.0.3.1:6443/TCP")) },
+		"a backend's address that leads nowhere": func(g *rig) error { return g.m.SetFrontend(vip("10.0.3.1:6443/TCP"), maps.FrontendOf(0, lb.ClusterIP)) },
+		"a name without slots":                   func(g *rig) error { return name(g, 9, "default/other/TCP") },
+		"a name twice":                           func(g *rig) error { return name(g, 9, "default/web:http/TCP") },
+		"a name out of range":                    func(g *rig) error { return name(g, 1<<20, "default/web:http/TCP") },
+		"a lost name":                            func(g *rig) error { return g.m.DeleteServiceName(1) },
+		"a frontend of a nameless service":       func(g *rig) error { return g.m.SetFrontend(vip("10.9.9.9:1/TCP"), maps.FrontendOf(9, lb.External)) },
+		"a frontend of no service":               func(g *rig) error { return g.m.SetFrontend(vip("10.9.9.9:1/TCP"), maps.FrontendOf(0, lb.ClusterIP)) },
+		"a frontend of a service out of range":   func(g *rig) error { return g.m.SetFrontend(vip("10.9.9.9:1/TCP"), maps.FrontendOf(1<<30, lb.External)) },
+		"a desired frontend that leads nowhere":  func(g *rig) error { return g.m.SetFrontend(vip("10.96.0.1:443/TCP"), maps.FrontendOf(0, lb.ClusterIP)) },
+		"an address of no frontend":              func(g *rig) error { return g.m.SetFrontend(address("10.9.9.9"), maps.FrontendOf(0, lb.Address)) },
+		"an address of another kind":             func(g *rig) error { return g.m.SetFrontend(address("10.96.0.1"), maps.FrontendOf(1, lb.External)) },
+		"a lost address":                         func(g *rig) error { return g.m.DeleteFrontend(address("10.96.0.1")) },
+		"overlapping slots":                      func(g *rig) error { return g.m.SetServiceCluster(1, g.m.Service(3).Cluster) },
+		"slots out of range":                     func(g *rig) error { return g.m.SetServiceCluster(1, maps.SlotRange{First: 60, Count: 8}) },
 		"slots far out of range": func(g *rig) error {
 			return g.m.SetServiceCluster(1, maps.SlotRange{First: 1<<32 - 1, Count: 1<<32 - 1})
 		},
@@ -582,6 +595,12 @@ func randomService(rnd *rand.Rand, name lb.ServiceName) lb.Service {
 			})
 		}
 	}
+	// A frontend where backends are, as a hostPort of a pod of the host's own network has.
+	if rnd.IntN(3) == 0 {
+		addr := netip.AddrFrom4([4]byte{10, 0, '0' + byte(rnd.IntN(6)), byte(rnd.IntN(5))})
+		svc.Frontends = append(svc.Frontends, lb.Frontend{VIP: lb.VIP{Addr: addr, Port: 80, Protocol: lb.TCP}, Kind: lb.HostPort})
+		slices.SortFunc(svc.Frontends, func(a, b lb.Frontend) int { return a.VIP.Compare(b.VIP) })
+	}
 	for i := range 5 {
 		if rnd.IntN(2) == 0 {
 			svc.Backends = append(svc.Backends, lb.Backend{
@@ -601,8 +620,8 @@ func TestUnaffectedServicesAreNotWritten(t *testing.T) {
 	desired := mustParse(t, strings.Replace(before, "backend 10.0.3.1:6443 active", "backend 10.0.3.2:6443 active", 1))
 	g.desire(desired)
 	g.mustApply(t)
-	// the new backend (address, then life), its slot, the switch, the end of the old one
-	if want := []string{"backends", "backends", "slots", "services", "grace", "backends"}; !slices.Equal(g.trace, want) {
+	// the new backend (address, then life), its slot, the switch, the end of the old one, their identities
+	if want := []string{"backends", "backends", "slots", "services", "grace", "backends", "frontends", "frontends"}; !slices.Equal(g.trace, want) {
 		t.Errorf("writes %q, want %q", g.trace, want)
 	}
 	g.r.Set(desired, []lb.ServiceName{{Name: "never there"}})
@@ -621,7 +640,7 @@ func TestStats(t *testing.T) {
 		t.Errorf("before Apply %+v, want %+v", got, want)
 	}
 	g.mustApply(t)
-	if got, want := g.r.Stats(), (Stats{Services: 3, Frontends: 9, Backends: 6}); got != want {
+	if got, want := g.r.Stats(), (Stats{Services: 3, Frontends: 9, Identities: 6, Backends: 6}); got != want {
 		t.Errorf("after Apply %+v, want %+v", got, want)
 	}
 	g.desire(nil)

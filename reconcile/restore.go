@@ -32,12 +32,14 @@ func New(m *maps.Maps, log *slog.Logger) (*Reconciler, error) {
 		services:   map[lb.ServiceName]*service{},
 		frontends:  map[lb.VIP]frontend{},
 		clusterIPs: map[netip.Addr]int{},
+		backendsAt: map[lb.VIP]int{},
 		former:     map[endpoint]uint32{},
 		serviceIDs: newIDQueue(sizes.Services),
 		backendIDs: newIDQueue(sizes.Backends),
 		slots:      newSlotAllocator(sizes.Slots),
 
 		addresses: map[netip.Addr]struct{}{},
+		direct:    map[lb.VIP]struct{}{},
 		late:      late{services: map[*service]struct{}{}, bumps: map[uint32]struct{}{}},
 	}
 	found := restored{Reconciler: r, log: log, byID: make([]*service, sizes.Services)}
@@ -123,7 +125,8 @@ func (r *restored) readBackends() {
 		case maps.BackendActive, maps.BackendDraining:
 			s = r.service(b.Service)
 		}
-		if s != nil && s.backends[b.Addr()] == 0 {
+		r.ref(b.VIP())
+		if s != nil && s.backends[b.Addr()] == 0 && (b.VIP().Protocol == s.name.Protocol || !s.named) {
 			s.backends[b.Addr()] = id
 			s.keptBackends[b.Addr()] = false // readRanges tells
 			// The agent that wrote it may have died between the removal of a frontend and the end of
@@ -137,7 +140,7 @@ func (r *restored) readBackends() {
 	for _, id := range removed {
 		b := r.maps.Backend(id)
 		r.backendIDs.push(id)
-		r.former[endpoint{b.Service, b.Addr()}] = id
+		r.former[endpoint{b.Service, b.VIP()}] = id
 	}
 }
 
@@ -150,7 +153,12 @@ func (r *restored) readFrontends() error {
 			r.addresses[vip.Addr] = struct{}{}
 			return true
 		}
-		if s := r.service(f.Service); s != nil {
+		if kind == lb.Identity && f.Service == 0 {
+			r.remember(vip, frontend{kind: kind})
+			r.direct[vip] = struct{}{}
+			return true
+		}
+		if s := r.service(f.Service); s != nil && kind != lb.Identity {
 			r.remember(vip, frontend{service: s, kind: kind, kept: true})
 			if kind == lb.ClusterIP {
 				r.addresses[vip.Addr] = struct{}{}
@@ -158,13 +166,8 @@ func (r *restored) readFrontends() error {
 			return true
 		}
 		r.log.Warn("a frontend leads nowhere", "frontend", vip, "service", f.Service)
-		r.remember(vip, frontend{kind: kind})
-		r.repairs = append(r.repairs, func() error {
-			if r.frontends[vip].service != nil {
-				return nil // it has become someone's
-			}
-			return r.deleteFrontend(vip)
-		})
+		r.remember(vip, frontend{})
+		r.direct[vip] = struct{}{} // which deletes what is nobody's
 		return true
 	})
 }

@@ -95,7 +95,9 @@ func readFlows(m *maps.Maps, timeouts loader.Timeouts, direct bool) ([]flow, err
 	}
 	services := map[lb.VIP]uint32{}
 	err = m.EachFrontend(func(k maps.FrontendKey, f maps.Frontend) bool {
-		services[k.VIP()] = f.Service
+		if lb.Kind(f.Kind) != lb.Identity { // which is no service's
+			services[k.VIP()] = f.Service
+		}
 		return true
 	})
 	if err != nil {
