@@ -27,6 +27,7 @@ import (
 	"github.com/lbagent/lbagent/agent"
 	"github.com/lbagent/lbagent/api"
 	"github.com/lbagent/lbagent/internal/testenv"
+	"github.com/lbagent/lbagent/lb"
 	"github.com/lbagent/lbagent/loader"
 	"github.com/lbagent/lbagent/maps"
 )
@@ -181,7 +182,8 @@ func (s *site) eventually(what func(api.Status) string) api.Status {
 	}
 }
 
-// settled waits until an agent has put in force what it read, with so many backends.
+// settled waits until an agent has put in force what it read, with so many backends. The last that it writes
+// are the backends' own addresses.
 func (s *site) settled(backends int) api.Status {
 	s.t.Helper()
 	return s.eventually(func(status api.Status) string {
@@ -191,8 +193,28 @@ func (s *site) settled(backends int) api.Status {
 		case status.Maps[0].Entries != backends:
 			return fmt.Sprintf("%d backends, want %d", status.Maps[0].Entries, backends)
 		}
-		return ""
+		return s.unnamed()
 	})
+}
+
+// unnamed returns which backend's own address is not among the frontends, "" if all are.
+func (s *site) unnamed() (missing string) {
+	s.t.Helper()
+	m, err := maps.Read(filepath.Join(s.config.BPFRoot, "maps"))
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	defer m.Close()
+	there := map[lb.VIP]bool{}
+	if err := m.EachFrontend(func(k maps.FrontendKey, _ maps.Frontend) bool { there[k.VIP()] = true; return true }); err != nil {
+		s.t.Fatal(err)
+	}
+	for _, b := range m.EachBackend() {
+		if b.Life.State != maps.BackendRemoved && !there[b.VIP()] {
+			missing = fmt.Sprintf("%s is not among the frontends", b.VIP())
+		}
+	}
+	return missing
 }
 
 // write writes a manifest as an editor does.

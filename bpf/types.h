@@ -44,7 +44,7 @@ struct frontend_key {
 	__u16 port;
 	enum protocol protocol;
 	__u8 pad;
-};
+} __attribute__((aligned(4))); /* key_tag reads words */
 _Static_assert(sizeof(struct frontend_key) == 20, "a key without a hole");
 
 /* One u64, loaded and stored as one: an element of a hash is reused at once, so a reader that holds one
@@ -53,7 +53,7 @@ struct frontend {
 	__u32 service;
 	enum frontend_kind kind;
 	__u8 flags; /* none yet */
-	__u16 key_tag; /* not used yet */
+	__u16 key_tag; /* of its key: see key_tag */
 } __attribute__((aligned(8)));
 _Static_assert(sizeof(struct frontend) == 8, "one u64");
 

@@ -8,8 +8,10 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"math/rand/v2"
 	"net/netip"
 	"os"
+	"runtime"
 	"slices"
 	"sync"
 	"testing"
@@ -1162,5 +1164,127 @@ func TestCounts(t *testing.T) {
 	flow, _ := r.flow(f.client, f.vip, lb.UDP)
 	if flow.Packets != 3 || flow.Bytes != uint64(3*(len(p)-14)) {
 		t.Errorf("%d packets, %d bytes; want 3 and %d", flow.Packets, flow.Bytes, 3*(len(p)-14))
+	}
+}
+
+// TestFrontendTag: a program finds what Go has tagged, and takes an element with another key's tag for none.
+func TestFrontendTag(t *testing.T) {
+	r := newRig(t)
+	rnd := rand.New(rand.NewPCG(1, 5))
+	random := func(n int) netip.AddrPort {
+		a := make([]byte, n)
+		for i := range a {
+			a[i] = byte(rnd.Uint32())
+		}
+		if a[0] = 10; n == 16 {
+			a[0] = 0xfd
+		}
+		addr, _ := netip.AddrFromSlice(a)
+		return netip.AddrPortFrom(addr, uint16(rnd.Uint32()))
+	}
+	frontends := r.maps.All()["frontends"]
+	for i := range 2000 {
+		f := families[i%2]
+		vip := random(f.vip.Addr().BitLen() / 8)
+		p, packet := lb.TCP, testenv.SegmentTCP(f.client, vip, testenv.SYN)
+		if i%3 == 0 {
+			p, packet = lb.UDP, testenv.DatagramUDP(f.client, vip, "x")
+		}
+		key := maps.KeyOf(lb.VIP{Addr: vip.Addr(), Port: vip.Port(), Protocol: p})
+		r.must(r.maps.SetFrontend(key, maps.FrontendOf(1, lb.ClusterIP))) // which has no backend
+		r.expect("node_in", packet.Bytes(), drop, "no_backend", nil)
+		var value maps.Frontend
+		r.must(frontends.Lookup(key, &value))
+		value.KeyTag ^= 1 << (i % 16)
+		r.must(frontends.Put(key, value))
+		r.expect("node_in", packet.Bytes(), pass, "no_service", packet.Bytes())
+		r.must(r.maps.DeleteFrontend(key))
+	}
+}
+
+// TestFrontendsReused: two million lookups of a frontend that is deleted and inserted beside others in batches,
+// so that their elements are reused under the reader. It finds its own service or none.
+func TestFrontendsReused(t *testing.T) {
+	r := newRig(t)
+	f := families[0]
+	const lookups, others = 2_000_000, 40
+	packet := testenv.DatagramUDP(f.client, f.vip, "x").Bytes()
+	clear(packet[:6])
+	// The packet's service has no backend, all others have one: any packet that gets one is wrong.
+	r.backend(1, 2, f.backend, maps.BackendActive, 1)
+	r.slots(2, 1)
+	key := maps.KeyOf(lb.VIP{Addr: f.vip.Addr(), Port: f.vip.Port(), Protocol: lb.UDP})
+	own := maps.FrontendOf(1, lb.ClusterIP)
+	own.KeyTag = key.Tag()
+	keys, values := []maps.FrontendKey{key}, []maps.Frontend{own}
+	for port := uint16(1000); len(keys) < others; port++ {
+		k := maps.KeyOf(lb.VIP{Addr: f.vip2.Addr(), Port: port, Protocol: lb.UDP})
+		if k.Tag() == key.Tag() {
+			continue // one in 65,535 cannot be told apart
+		}
+		v := maps.FrontendOf(2, lb.ClusterIP)
+		v.KeyTag = k.Tag()
+		keys, values = append(keys, k), append(values, v)
+	}
+
+	var writers sync.WaitGroup
+	done := make(chan struct{})
+	writers.Go(func() {
+		onCPU(t, 1)
+		frontends := r.maps.All()["frontends"]
+		for round := 0; ; round++ {
+			select {
+			case <-done:
+				return
+			default:
+			}
+			// Each time in another order, so that an element goes from key to key.
+			at := round % len(keys)
+			k := append(slices.Clone(keys[at:]), keys[:at]...)
+			v := append(slices.Clone(values[at:]), values[:at]...)
+			if _, err := frontends.BatchUpdate(k, v, nil); err != nil {
+				t.Error(err)
+				return
+			}
+			if _, err := frontends.BatchDelete(k, nil); err != nil {
+				t.Error(err)
+				return
+			}
+		}
+	})
+	before, err := r.maps.Reasons()
+	r.must(err)
+	ran := make(chan error)
+	go func() {
+		onCPU(t, 0)
+		_, err := r.programs["node_in"].Run(&ebpf.RunOptions{Data: packet, Repeat: lookups})
+		ran <- err
+	}()
+	r.must(<-ran)
+	close(done)
+	writers.Wait()
+	after, err := r.maps.Reasons()
+	r.must(err)
+	counts := map[string]uint64{}
+	for name, n := range after {
+		if n -= before[name]; n > 0 {
+			counts[name] = n
+		}
+	}
+	if counts["no_backend"]+counts["no_service"] != lookups {
+		t.Errorf("a packet met another service: %v", counts)
+	}
+	if counts["no_backend"] < lookups/100 || counts["no_service"] < lookups/100 {
+		t.Errorf("hardly any race: %v", counts)
+	}
+}
+
+// onCPU keeps the calling goroutine, which must end soon, on a CPU: the thread ends with it.
+func onCPU(t *testing.T, cpu int) {
+	runtime.LockOSThread()
+	var set unix.CPUSet
+	set.Set(cpu % runtime.NumCPU())
+	if err := unix.SchedSetaffinity(0, &set); err != nil {
+		t.Error("pin to a CPU:", err)
 	}
 }

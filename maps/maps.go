@@ -379,10 +379,11 @@ func (m *Maps) fault(name string) error {
 	return m.Fault(name)
 }
 
-// SetFrontend writes one frontend.
+// SetFrontend writes one frontend, with the tag of its key.
 func (m *Maps) SetFrontend(k FrontendKey, f Frontend) error {
 	err := m.fault("frontends")
 	if err == nil {
+		f.KeyTag = k.Tag()
 		err = m.bpf.Frontends.Put(k, f)
 	}
 	if err != nil {
@@ -592,7 +593,17 @@ func (k bpfFrontendKey) VIP() lb.VIP {
 	return lb.VIP{Addr: netip.AddrFrom16(k.Address).Unmap(), Port: k.Port, Protocol: lb.Protocol(k.Protocol)}
 }
 
-// FrontendOf returns the value of a frontend of a service.
+// Tag folds a key into 16 bits, as key_tag of bpf/service.h does. A frontend with another tag than its key's is
+// absent for the programs.
+func (k bpfFrontendKey) Tag() uint16 {
+	var h uint32
+	for _, word := range *(*[unsafe.Sizeof(k) / 4]uint32)(unsafe.Pointer(&k)) {
+		h = (h ^ word) * 0x9e3779b1
+	}
+	return max(uint16(h>>16), 1)
+}
+
+// FrontendOf returns the value of a frontend of a service, without the tag of its key.
 func FrontendOf(service uint32, k lb.Kind) Frontend {
 	return Frontend{Service: service, Kind: bpfFrontendKind(k)}
 }

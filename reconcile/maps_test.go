@@ -30,6 +30,7 @@ type content struct {
 	sizes     maps.Sizes
 	names     map[uint32]lb.ServiceName
 	frontends map[lb.VIP]maps.Frontend
+	badTags   []lb.VIP
 	ranges    map[uint32]maps.SlotRange // not those of no slots
 	slots     map[uint32][]uint32       // by service
 	backends  map[uint32]maps.Backend   // not FREE ones
@@ -42,7 +43,13 @@ func read(m *maps.Maps) (content, error) {
 	}
 	err := errors.Join(
 		m.EachServiceName(func(id uint32, n maps.ServiceName) bool { c.names[id] = n.LB(); return true }),
-		m.EachFrontend(func(k maps.FrontendKey, f maps.Frontend) bool { c.frontends[k.VIP()] = f; return true }))
+		m.EachFrontend(func(k maps.FrontendKey, f maps.Frontend) bool {
+			c.frontends[k.VIP()] = f
+			if f.KeyTag != k.Tag() {
+				c.badTags = append(c.badTags, k.VIP())
+			}
+			return true
+		}))
 	for id := range c.sizes.Services {
 		r := m.Service(id).Cluster
 		if r.Count == 0 {
@@ -83,6 +90,9 @@ func (c content) check() error {
 		if lb.Kind(f.Kind) == lb.ClusterIP && lb.Kind(c.frontends[addressVIP(vip.Addr)].Kind) != lb.Address {
 			bad("ClusterIP %s has no address entry", vip)
 		}
+	}
+	for _, vip := range c.badTags {
+		bad("frontend %s has the tag of another", vip)
 	}
 	type taken struct{ first, end uint64 }
 	var all []taken

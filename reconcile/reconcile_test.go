@@ -297,6 +297,10 @@ func TestDamagedMaps(t *testing.T) {
 		"an identity of no backend":              func(g *rig) error { return g.m.SetFrontend(vip("10.9.9.9:1/TCP"), maps.FrontendOf(0, lb.Identity)) },
 		"an identity of a service":               func(g *rig) error { return g.m.SetFrontend(vip("10.0.3.1:6443/TCP"), maps.FrontendOf(1, lb.Identity)) },
 		"an identity in the place of a frontend": func(g *rig) error { return g.m.SetFrontend(vip("10.96.0.1:443/TCP"), maps.FrontendOf(0, lb.Identity)) },
+		"a frontend with the tag of another": func(g *rig) error {
+			k := vip("10.96.0.1:443/TCP")
+			return g.m.All()["frontends"].Put(k, maps.FrontendOf(1, lb.ClusterIP))
+		},
 		"a lost identity":                        func(g *rig) error { return g.m.DeleteFrontend(vip("10.0.3.1:6443/TCP")) },
 		"a backend's address that leads nowhere": func(g *rig) error { return g.m.SetFrontend(vip("10.0.3.1:6443/TCP"), maps.FrontendOf(0, lb.ClusterIP)) },
 		"a name without slots":                   func(g *rig) error { return name(g, 9, "default/other/TCP") },

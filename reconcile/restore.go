@@ -148,6 +148,16 @@ func (r *restored) readFrontends() error {
 	return r.maps.EachFrontend(func(k maps.FrontendKey, f maps.Frontend) bool {
 		vip := k.VIP()
 		kind := lb.Kind(f.Kind)
+		if f.KeyTag != k.Tag() {
+			r.log.Warn("a frontend has the tag of another", "frontend", vip)
+			r.repairs = append(r.repairs, func() error {
+				f, there := r.frontends[vip]
+				if !there {
+					return nil
+				}
+				return r.putFrontend(vip, f)
+			})
+		}
 		if vip == addressVIP(vip.Addr) {
 			r.remember(vip, frontend{kind: kind})
 			r.addresses[vip.Addr] = struct{}{}
