@@ -170,7 +170,21 @@ struct flow {
 };
 _Static_assert(sizeof(struct flow) == 88, "no padding");
 
+/* The two tables of flows. */
+enum table {
+	PENDING,
+	FLOWS,
+};
+
 #define FLOW_LOCKS 16384
+#define SWEEP_KEYS 32
+
+/* The packet that program sweep is run on. It has as many keys as its length tells. */
+struct sweep_step {
+	__u8 frame[15]; /* 0: an Ethernet header of no protocol, which the kernel wants */
+	__u8 table; /* of enum table */
+	struct tuple keys[SWEEP_KEYS];
+};
 
 /* A change of a flow that is being made, by the CPU whose it is. */
 struct change {

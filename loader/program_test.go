@@ -64,6 +64,7 @@ type rig struct {
 	t        *testing.T
 	maps     *maps.Maps
 	programs map[string]*ebpf.Program
+	loader   *loader.Loader
 }
 
 // shared are the programs of all these tests: to verify them takes longer than most tests do.
@@ -76,7 +77,7 @@ var shared = sync.OnceValues(func() (*rig, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &rig{maps: m, programs: l.Programs()}, nil
+	return &rig{maps: m, programs: l.Programs(), loader: l}, nil
 })
 
 // newRig returns the programs with empty maps.
@@ -89,7 +90,7 @@ func newRig(t *testing.T) *rig {
 	if err != nil {
 		t.Fatalf("%+v", err)
 	}
-	r := &rig{t: t, maps: s.maps, programs: s.programs}
+	r := &rig{t: t, maps: s.maps, programs: s.programs, loader: s.loader}
 	r.clearFlows()
 	var keys []maps.FrontendKey
 	r.must(r.maps.EachFrontend(func(k maps.FrontendKey, _ maps.Frontend) bool {
@@ -1286,5 +1287,187 @@ func onCPU(t *testing.T, cpu int) {
 	set.Set(cpu % runtime.NumCPU())
 	if err := unix.SchedSetaffinity(0, &set); err != nil {
 		t.Error("pin to a CPU:", err)
+	}
+}
+
+// keys returns the keys of a table.
+func (r *rig) keys(in maps.Table) (keys []maps.Tuple) {
+	r.t.Helper()
+	r.must(r.maps.EachHalf(in, func(k maps.Tuple, _ maps.Flow) bool {
+		keys = append(keys, k)
+		return true
+	}))
+	return keys
+}
+
+// wantSwept sweeps both tables as a whole and compares how many entries went.
+func (r *rig) wantSwept(when string, pending, flows int) {
+	r.t.Helper()
+	for _, table := range []struct {
+		in   maps.Table
+		want int
+	}{{maps.Pending, pending}, {maps.Flows, flows}} {
+		before := len(r.keys(table.in))
+		removed, err := r.loader.Sweep(table.in, r.keys(table.in))
+		r.must(err)
+		if gone := before - len(r.keys(table.in)); removed != table.want || gone != table.want {
+			r.t.Errorf("%s, table %d: %d removed, %d gone of %d; want %d", when, table.in, removed, gone, before, table.want)
+		}
+	}
+}
+
+// TestSweep: what has expired goes, in whichever table, and nothing else.
+func TestSweep(t *testing.T) {
+	for _, f := range families {
+		r := newRig(t)
+		r.service(f)
+		r.wantSwept("empty", 0, 0)
+		c := r.talk(f)
+		c.open()
+		r.run("node_in", testenv.DatagramUDP(f.client, f.vip, "x").Bytes())
+		r.wantSwept("all alive", 0, 0)
+		r.age(40 * time.Second) // UDP without an answer lives 30
+		r.wantSwept("after 40 s", 2, 0)
+		r.age(30 * time.Second) // what was copied lives 60
+		r.wantSwept("after 70 s", 2, 0)
+		c.answer(testenv.ACK)
+		c.send(testenv.ACK, "forward")
+		r.age(24*time.Hour + time.Second)
+		r.wantSwept("after a day", 0, 2)
+
+		// More than a step has room for, and keys that are not there.
+		const clients = 50
+		for i := range uint16(clients) {
+			r.run("node_in", testenv.DatagramUDP(netip.AddrPortFrom(f.client.Addr(), 20000+i), f.vip, "x").Bytes())
+		}
+		keys := r.keys(maps.Pending)
+		removed, err := r.loader.Sweep(maps.Flows, keys)
+		r.must(err)
+		r.age(time.Minute)
+		if removed != 0 || len(keys) != 2*clients {
+			t.Errorf("%d of %d removed from the other table", removed, len(keys))
+		}
+		r.wantSwept("many", 2*clients, 0)
+	}
+}
+
+// TestSweepTakenTwin: a half whose twin's key has become another flow's goes, but not the reply half of a flow
+// that leads elsewhere on purpose.
+func TestSweepTakenTwin(t *testing.T) {
+	for _, f := range families {
+		for _, in := range []string{"flows", "pending"} {
+			r := newRig(t)
+			r.service(f)
+			table := r.maps.All()[in]
+			forward, reply := tuple(f.client, f.vip, lb.TCP), tuple(f.backend, f.client, lb.TCP)
+			half := func(of maps.Tuple) (h maps.Flow) {
+				t.Helper()
+				r.must(table.Lookup(of, &h))
+				return h
+			}
+			begin := func() {
+				r.clearFlows()
+				c := r.talk(f)
+				c.open()
+				if in == "flows" {
+					for _, k := range r.keys(maps.Pending) {
+						r.must(r.maps.All()["pending"].Delete(k))
+					}
+				} else {
+					for _, k := range r.keys(maps.Flows) {
+						r.must(r.maps.All()["flows"].Delete(k))
+					}
+				}
+			}
+			swept := func(when string, want int) {
+				t.Helper()
+				if in == "flows" {
+					r.wantSwept(in+", "+when, 0, want)
+				} else {
+					r.wantSwept(in+", "+when, want, 0)
+				}
+			}
+			for _, k := range []maps.Tuple{forward, reply} {
+				begin()
+				other := half(k)
+				other.To.SourcePort++ // another flow's
+				r.must(table.Put(k, other))
+				// Both halves are without a twin of theirs: the changed one has none, the other has another's.
+				swept("a twin of another flow", 1)
+				half(k)
+
+				begin()
+				other.Hook = 0 // claimed, not in force
+				r.must(table.Put(k, other))
+				swept("a claim", 0)
+			}
+			begin()
+			moved := half(forward)
+			moved.To.Destination = f.backend2.Addr().As16()
+			r.must(table.Put(forward, moved))
+			old := half(reply)
+			old.State |= maps.FlowMoved
+			r.must(table.Put(reply, old))
+			swept("moved", 0)
+			r.age(11 * time.Second)
+			swept("moved, expired", 1)
+		}
+	}
+}
+
+// TestSweepBusy: an entry whose flow another CPU is changing stays.
+func TestSweepBusy(t *testing.T) {
+	for _, f := range families {
+		r := newRig(t)
+		r.service(f)
+		r.talk(f).open()
+		r.age(48 * time.Hour)
+		locks := r.maps.All()["flow_locks"]
+		set := func(value uint32) {
+			for i := range locks.MaxEntries() {
+				r.must(locks.Put(i, value))
+			}
+		}
+		set(1)
+		r.wantSwept("busy", 0, 0)
+		set(0)
+		r.wantSwept("free again", 2, 2)
+		for i := range locks.MaxEntries() {
+			var value uint32
+			if r.must(locks.Lookup(i, &value)); value != 0 {
+				t.Fatalf("lock %d is held", i)
+			}
+		}
+	}
+}
+
+// TestPhase holds what flow_timeout_ns of bpf/flow.h says, a row to a line of it.
+func TestPhase(t *testing.T) {
+	timeouts := loader.DefaultTimeouts()
+	both := maps.FlowClientFIN | maps.FlowBackendFIN
+	for _, c := range []struct {
+		state    uint8
+		in       maps.Table
+		protocol lb.Protocol
+		want     string
+		timeout  time.Duration
+	}{
+		{0, maps.Pending, lb.TCP, "pending", timeouts.TCPPending},
+		{0, maps.Flows, lb.TCP, "established", timeouts.TCPEstablished},
+		{maps.FlowClientFIN, maps.Flows, lb.TCP, "half-closed", timeouts.TCPHalfClosed},
+		{maps.FlowBackendFIN, maps.Flows, lb.TCP, "half-closed", timeouts.TCPHalfClosed},
+		{maps.FlowRSTAhead, maps.Flows, lb.TCP, "half-closed", timeouts.TCPHalfClosed},
+		{maps.FlowClientFIN, maps.Pending, lb.TCP, "pending", timeouts.TCPPending},
+		{both, maps.Flows, lb.TCP, "closed", timeouts.TCPClosed},
+		{both, maps.Pending, lb.TCP, "closed", timeouts.TCPClosed},
+		{both | maps.FlowClientRST, maps.Flows, lb.TCP, "reset", timeouts.Reset},
+		{maps.FlowBackendRST, maps.Pending, lb.TCP, "reset", timeouts.Reset},
+		{0, maps.Pending, lb.UDP, "pending", timeouts.UDPPending},
+		{0, maps.Flows, lb.UDP, "assured", timeouts.UDP},
+		{maps.FlowMoved, maps.Flows, lb.UDP, "reset", timeouts.Reset},
+	} {
+		if state, timeout := timeouts.Phase(c.state, uint8(c.protocol), c.in); state != c.want || timeout != c.timeout {
+			t.Errorf("%s in state %d: %s, %v; want %s, %v", c.protocol, c.state, state, timeout, c.want, c.timeout)
+		}
 	}
 }

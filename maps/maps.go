@@ -50,6 +50,15 @@ const (
 	BackendRemoved  = bpfBackendStateBACKEND_REMOVED
 )
 
+// Table is one of the two tables of flows.
+type Table = bpfTable
+
+// The tables, in the order in which a walk of both misses no flow: copies go that way.
+const (
+	Pending = bpfTablePENDING
+	Flows   = bpfTableFLOWS
+)
+
 // The flags of a flow's state.
 const (
 	FlowClientFIN  = uint8(bpfFlowStateFLOW_CLIENT_FIN)
@@ -545,6 +554,15 @@ func (m *Maps) EachFlow(yield func(t Tuple, f Flow, assured bool) bool) error {
 	return each(m.bpf.Pending, func(t Tuple, f Flow) bool {
 		return assured[t] || yield(t, f, false)
 	})
+}
+
+// EachHalf calls yield for every entry of one table, living or not, in no order, until it returns false. One that
+// is there all the while is not missed.
+func (m *Maps) EachHalf(in Table, yield func(Tuple, Flow) bool) error {
+	if in == Pending {
+		return each(m.bpf.Pending, yield)
+	}
+	return each(m.bpf.Flows, yield)
 }
 
 // Reasons returns how many packets left the programs for each reason, by the reason's name.
