@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"github.com/lbagent/lbagent/maps"
 	"github.com/lbagent/lbagent/node"
@@ -23,6 +24,8 @@ type Config struct {
 	BPFRoot   string     // --bpf-root: the folder of pins
 	Socket    string     // --socket
 	Sizes     maps.Sizes // --flows, --max-services and so on
+
+	SweepInterval time.Duration // no flag: shorter in tests
 
 	Log *slog.Logger
 }
@@ -41,6 +44,7 @@ func (c *Config) Defaults() {
 		Slots: cmp.Or(c.Sizes.Slots, sizes.Slots), Backends: cmp.Or(c.Sizes.Backends, sizes.Backends),
 		Flows: cmp.Or(c.Sizes.Flows, sizes.Flows),
 	}
+	c.SweepInterval = cmp.Or(c.SweepInterval, sweepInterval)
 	c.BPFRoot = cmp.Or(c.BPFRoot, "/sys/fs/bpf/lbagent")
 	c.Socket = cmp.Or(c.Socket, "/run/lbagent/lbagent.sock")
 	if c.Log == nil {

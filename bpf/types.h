@@ -84,10 +84,10 @@ struct service_name {
 _Static_assert(sizeof(struct service_name) == 196, "no padding");
 
 enum backend_state {
-	BACKEND_FREE, /* never used */
+	BACKEND_FREE, /* never used, or no flow names it any more; its generation stays */
 	BACKEND_ACTIVE, /* new flows choose it */
 	BACKEND_DRAINING, /* its flows keep it, no new flow chooses it */
-	BACKEND_REMOVED, /* no flow may choose it again; address and service are the last ones */
+	BACKEND_REMOVED, /* no flow may choose it again; those that it has go on at its address */
 } __one_byte;
 
 /* What may change while flows refer to the backend. One u64: user space replaces it by one store and a

@@ -521,7 +521,7 @@ func lifeWord(l BackendLife) (w uint64) {
 	return w
 }
 
-// EachBackend yields every backend that has ever been used, by id.
+// EachBackend yields every backend that has an id, by id: removed ones too, while some flow may name them.
 func (m *Maps) EachBackend() iter.Seq2[uint32, Backend] {
 	return func(yield func(uint32, Backend) bool) {
 		for id := range m.bpf.Backends.MaxEntries() {

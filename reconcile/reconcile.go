@@ -38,13 +38,16 @@ type Reconciler struct {
 	identities int                 // how many of them are backends' own addresses
 	clusterIPs map[netip.Addr]int  // how many frontends of kind ClusterIP an address has; never 0
 	backendsAt map[lb.VIP]int      // how many backends with an id are here; never 0
-	former     map[endpoint]uint32 // REMOVED backends by what they were; all of them are free
+	removed    map[uint32]uint64   // REMOVED backends: how many sweeps had begun before
+	former     map[endpoint]uint32 // the same by what they were
 	serviceIDs idQueue             // free
 	backendIDs idQueue             // free
 	slots      slotAllocator
+	sweeps     uint64 // begun so far
 
 	// What is still to be done. All of it stays until it is done, however many Applies that takes.
 	addresses map[netip.Addr]struct{} // whose ADDRESS entry may be wrong
+	unnamed   map[uint32]struct{}     // of removed, those that no flow names
 	direct    map[lb.VIP]struct{}     // that may be IDENTITY and should not, or the reverse
 	late      late
 	repairs   []func() error // of what no agent of ours leaves behind
@@ -90,6 +93,7 @@ type Stats struct {
 	Frontends  int // with the entries that mark an address as a ClusterIP
 	Identities int // backends' own addresses that no service has for a frontend
 	Backends   int // active and draining ones, and those still to be removed
+	Removed    int // backends that are kept until no flow names them
 	Pending    int // services, backends and their own addresses that are not yet as desired
 }
 
@@ -99,8 +103,9 @@ func (r *Reconciler) Stats() Stats {
 		Services:   len(r.services),
 		Frontends:  len(r.frontends) - r.identities,
 		Identities: r.identities,
-		Backends:   int(r.sizes.Backends) - 1 - r.backendIDs.length,
-		Pending:    len(r.dirty) + len(r.direct) + len(r.late.services) + len(r.late.bumps),
+		Backends:   int(r.sizes.Backends) - 1 - r.backendIDs.length - len(r.removed),
+		Removed:    len(r.removed),
+		Pending:    len(r.dirty) + len(r.direct) + len(r.unnamed) + len(r.late.services) + len(r.late.bumps),
 	}
 }
 
@@ -175,6 +180,42 @@ func (r *Reconciler) confirm(vip lb.VIP) {
 // Apply without hold nothing is left that could be held.
 func (r *Reconciler) Hold(hold bool) { r.hold = hold }
 
+// BeginSweep says that a walk of the flow tables begins. Until EndSweep no other may begin.
+func (r *Reconciler) BeginSweep() { r.sweeps++ }
+
+// EndSweep says that the walk is over, and which backends the living flows name that it has met. Of the others,
+// those that were removed before it began are named by none: the next Apply frees their ids. It returns how
+// many there are.
+func (r *Reconciler) EndSweep(named func(id uint32) bool) int {
+	for id, before := range r.removed {
+		if before < r.sweeps && !named(id) {
+			r.unnamed[id] = struct{}{}
+		}
+	}
+	return len(r.unnamed)
+}
+
+// freeBackends frees the ids of removed backends that no flow names.
+func (r *Reconciler) freeBackends() error {
+	var errs []error
+	for _, id := range sorted(r.unnamed, cmp.Compare[uint32]) {
+		b := r.maps.Backend(id)
+		b.Life.State = maps.BackendFree
+		if err := r.maps.SetBackendLife(id, b.Life); err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		delete(r.unnamed, id)
+		delete(r.removed, id)
+		if was := (endpoint{b.Service, b.VIP()}); r.former[was] == id {
+			delete(r.former, was)
+		}
+		r.unref(b.VIP())
+		r.backendIDs.push(id)
+	}
+	return errors.Join(errs...)
+}
+
 // release gives up what was restored and nobody desired.
 func (r *Reconciler) release() {
 	if !r.resumed {
@@ -226,7 +267,9 @@ func (r *Reconciler) wanted(name lb.ServiceName) ([]lb.Backend, bool) {
 //  4. Frontends are deleted, then the slots of services that nothing leads to any more are taken away.
 //  5. After a grace period nobody who begins a flow knows the old slots and frontends. Only now flows are
 //     told to look again, by the generation of their backend: one that began meanwhile by the old slots
-//     would get the new generation otherwise, and be valid for ever. Then ids and slots become free.
+//     would get the new generation otherwise, and be valid for ever. Then services' ids and slots become free.
+//  6. A removed backend keeps id and address, for its connections go on. A sweep that begins now and meets none
+//     frees them (BeginSweep), by the first writes of an Apply.
 //
 // A backend's own address is IDENTITY among the frontends while the backend has an id, unless a service has a
 // frontend there; from one to the other it goes by one overwrite. When it is written matters little: what a
@@ -241,7 +284,7 @@ func (r *Reconciler) Apply() error {
 	names := sorted(r.dirty, lb.ServiceName.Compare)
 	r.dirty = map[lb.ServiceName]struct{}{} // a map never shrinks, and this one held everything once
 
-	var errs []error
+	errs := []error{r.freeBackends()}
 	failed := func(name lb.ServiceName, err error) bool {
 		if err != nil {
 			r.dirty[name] = struct{}{}
@@ -297,12 +340,18 @@ func (r *Reconciler) writeService(name lb.ServiceName, reserved map[lb.VIP]struc
 	}
 	created := 0
 	for _, b := range backends {
-		if _, ok := s.backends[b.Addr]; !ok {
+		_, there := s.backends[b.Addr]
+		_, kept := r.former[endpoint{s.id, ownVIP(name, b.Addr)}]
+		if !there && !kept {
 			created++
 		}
 	}
 	if free := r.backendIDs.length; created > free {
-		return fmt.Errorf("%d more backends, and %d of %d ids are free (--max-backends)", created, free, r.sizes.Backends-1)
+		kept := ""
+		if len(r.removed) > 0 {
+			kept = fmt.Sprintf(", %d are kept for connections to removed backends", len(r.removed))
+		}
+		return fmt.Errorf("%d more backends, and %d of %d ids are free%s (--max-backends)", created, free, r.sizes.Backends-1, kept)
 	}
 	keys, own := r.newKeys(name, backends, reserved)
 	for _, vip := range keys {
@@ -415,24 +464,17 @@ func (r *Reconciler) writeBackends(s *service, backends []lb.Backend) error {
 	return nil
 }
 
-// addBackend gives a backend an id: the one that it had, if nobody got it since. In any case flows that name
-// the id look again, and find whether they belong here. Address and service are written while the backend is
-// REMOVED, so that no such flow is compared with half of them.
+// addBackend gives a backend an id: the one that it had, if that is kept. In any case flows that name the id look
+// again, and find whether they belong here. Address and service are written while the backend is FREE, so that no
+// flow that names it, as none should, is compared with half of them.
 func (r *Reconciler) addBackend(s *service, b lb.Backend) error {
 	is := endpoint{s.id, ownVIP(s.name, b.Addr)}
-	id, ok := r.former[is]
-	if !ok {
+	id, kept := r.former[is]
+	if !kept {
 		id = r.backendIDs.oldest()
-		before := r.maps.Backend(id)
-		life := before.Life
-		life.State = maps.BackendRemoved
-		if err := r.maps.SetBackend(id, maps.BackendOf(s.id, is.at, life)); err != nil {
+		if err := r.maps.SetBackend(id, maps.BackendOf(s.id, is.at, r.maps.Backend(id).Life)); err != nil {
 			return err
 		}
-		if was := (endpoint{before.Service, before.VIP()}); r.former[was] == id {
-			delete(r.former, was)
-		}
-		r.former[is] = id
 	}
 	life := r.maps.Backend(id).Life
 	life.Generation++
@@ -440,9 +482,14 @@ func (r *Reconciler) addBackend(s *service, b lb.Backend) error {
 	if err := r.maps.SetBackendLife(id, life); err != nil {
 		return err
 	}
-	delete(r.former, is)
-	r.backendIDs.remove(id)
-	r.ref(is.at)
+	if kept {
+		delete(r.former, is)
+		delete(r.removed, id)
+		delete(r.unnamed, id)
+	} else {
+		r.backendIDs.remove(id)
+		r.ref(is.at)
+	}
 	s.backends[b.Addr] = id
 	return nil
 }
@@ -791,7 +838,7 @@ func (r *Reconciler) settle(s *service) error {
 	return nil
 }
 
-// removeBackend makes the flows of a backend look again and not find it, and frees its id.
+// removeBackend makes the flows of a backend look again and not find it. Its id is kept until none names it.
 func (r *Reconciler) removeBackend(id uint32) error {
 	b := r.maps.Backend(id)
 	b.Life.Generation++
@@ -800,10 +847,14 @@ func (r *Reconciler) removeBackend(id uint32) error {
 		return err
 	}
 	delete(r.late.bumps, id)
-	r.former[endpoint{b.Service, b.VIP()}] = id
-	r.unref(b.VIP())
-	r.backendIDs.push(id)
+	r.keep(id, b)
 	return nil
+}
+
+// keep notes a REMOVED backend.
+func (r *Reconciler) keep(id uint32, b maps.Backend) {
+	r.removed[id] = r.sweeps
+	r.former[endpoint{b.Service, b.VIP()}] = id
 }
 
 // sorted returns the keys of a map in order, so that the same changes are the same writes.

@@ -5,6 +5,7 @@ package reconcile
 import (
 	"fmt"
 	"log/slog"
+	maps2 "maps"
 	"math/rand/v2"
 	"net/netip"
 	"slices"
@@ -44,8 +45,18 @@ func (g *rig) mustApply(t testing.TB) {
 	}
 }
 
+// sweep is a whole sweep that meets no flow, and what follows from it.
+func (g *rig) sweep(t testing.TB) {
+	t.Helper()
+	g.r.BeginSweep()
+	g.r.EndSweep(func(uint32) bool { return false })
+	g.mustApply(t)
+}
+
+// wantDump compares the maps, once no flow holds a removed backend, with what is desired.
 func (g *rig) wantDump(t testing.TB, desired map[lb.ServiceName]lb.Service) {
 	t.Helper()
+	g.sweep(t)
 	if diff := cmp.Diff(expected(desired), g.dump()); diff != "" {
 		t.Errorf("the maps are not what is desired (-desired +maps):\n%s", diff)
 	}
@@ -160,6 +171,7 @@ func TestFailsAtAnyWrite(t *testing.T) {
 			return nil
 		}
 		failed = g.apply() != nil
+		g.fault = nil
 		if failed != (left < 0) {
 			t.Fatalf("write %d failed and Apply did not say so", at)
 		}
@@ -217,11 +229,11 @@ func TestNothingEndsBeforeTheGracePeriod(t *testing.T) {
 	}
 	g.fault = nil
 	g.mustApply(t)
-	g.wantDump(t, desired)
 	is, err := read(g.m)
 	if err != nil {
 		t.Fatal(err)
 	}
+	g.wantDump(t, desired)
 	for id, b := range was.backends {
 		raised := is.backends[id].Life.Generation > b.Life.Generation
 		// Only api lost nothing; 10.0.1.* lost a frontend, 10.0.2.* their service.
@@ -241,6 +253,7 @@ func TestReuseOfBackendIDs(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
+		g.sweep(t)
 		for id, b := range c.backends {
 			if b.Life.State != maps.BackendActive {
 				continue
@@ -375,12 +388,14 @@ func TestRandom(t *testing.T) {
 				return nil
 			}
 			var kept held
+			flows := fakeFlows{}
 			restart := func(hold bool) {
 				g.hold = hold
 				if err := g.restart(); err != nil {
 					t.Fatal(err)
 				}
 				kept = heldOf(t, g)
+				flows.sweeping = nil
 			}
 			desired := map[lb.ServiceName]lb.Service{}
 			for range steps {
@@ -414,12 +429,14 @@ func TestRandom(t *testing.T) {
 					}()
 					return g.apply()
 				}()
+				flows.check(t, g)
+				flows.step(rnd, g)
 				if g.hold {
 					kept.check(t, g)
 				} else {
 					kept = held{}
 				}
-				if err == nil && !failing && !g.hold {
+				if err == nil && !failing && !g.hold && len(flows.of) == 0 && flows.sweeping == nil {
 					g.wantDump(t, told)
 				}
 				if t.Failed() {
@@ -430,6 +447,7 @@ func TestRandom(t *testing.T) {
 			g.setHold(false)
 			g.desire(desired)
 			g.mustApply(t)
+			flows.check(t, g)
 			g.wantDump(t, desired)
 			if p := g.r.Stats(); p.Pending != 0 || p.Services != len(desired) {
 				t.Errorf("in the end: %+v", p)
@@ -468,6 +486,10 @@ func TestRandomFull(t *testing.T) {
 			if err := g.apply(); err != nil && strings.Contains(err.Error(), "(--max-") {
 				full++
 			}
+			if rnd.IntN(2) == 0 {
+				g.r.BeginSweep()
+				g.r.EndSweep(func(uint32) bool { return false })
+			}
 		}
 		failing = false
 		g.desire(nil)
@@ -491,6 +513,61 @@ func testFits(t *testing.T, sizes maps.Sizes, desired map[lb.ServiceName]lb.Serv
 	fresh := testRig(t, sizes)
 	fresh.desire(desired)
 	return fresh.apply() == nil
+}
+
+// fakeFlows are flows of backends that were active once.
+type fakeFlows struct {
+	of       map[uint32]maps.Backend
+	sweeping map[uint32]bool // what a sweep that has begun will meet; nil: none has
+}
+
+// step ends some flows and begins others, and sweeps.
+func (f *fakeFlows) step(rnd *rand.Rand, g *rig) {
+	before := maps2.Clone(f.of)
+	f.of = map[uint32]maps.Backend{}
+	if rnd.IntN(4) > 0 {
+		for id, b := range before {
+			if rnd.IntN(3) > 0 {
+				f.of[id] = b
+			}
+		}
+		for id, b := range g.m.EachBackend() {
+			if b.Life.State == maps.BackendActive && rnd.IntN(4) == 0 {
+				f.of[id] = b
+			}
+		}
+	}
+	switch {
+	case rnd.IntN(2) == 0:
+	case f.sweeping == nil:
+		g.r.BeginSweep()
+		f.sweeping = map[uint32]bool{}
+		for id := range f.of {
+			f.sweeping[id] = true
+		}
+	default:
+		// Flows that began meanwhile may have been missed.
+		g.r.EndSweep(func(id uint32) bool { return f.sweeping[id] })
+		f.sweeping = nil
+	}
+}
+
+// check: a backend with a flow keeps its id, its address and its identity.
+func (f *fakeFlows) check(t *testing.T, g *rig) {
+	t.Helper()
+	c, err := read(g.m)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for id, was := range f.of {
+		is, there := c.backends[id]
+		if !there || is.VIP() != was.VIP() {
+			t.Errorf("backend %d was %s, and is %s, there %v, though a flow names it", id, was.VIP(), is.VIP(), there)
+		}
+		if _, there := c.frontends[is.VIP()]; !there && is.Life.State == maps.BackendRemoved {
+			t.Errorf("backend %d, %s, has a flow and no identity", id, is.VIP())
+		}
+	}
 }
 
 // held is what a restart found, and must stay while it is held.
@@ -624,8 +701,8 @@ func TestUnaffectedServicesAreNotWritten(t *testing.T) {
 	desired := mustParse(t, strings.Replace(before, "backend 10.0.3.1:6443 active", "backend 10.0.3.2:6443 active", 1))
 	g.desire(desired)
 	g.mustApply(t)
-	// the new backend (address, then life), its slot, the switch, the end of the old one, their identities
-	if want := []string{"backends", "backends", "slots", "services", "grace", "backends", "frontends", "frontends"}; !slices.Equal(g.trace, want) {
+	// the new backend (address, then life), its slot, the switch, the end of the old one, the new one's identity
+	if want := []string{"backends", "backends", "slots", "services", "grace", "backends", "frontends"}; !slices.Equal(g.trace, want) {
 		t.Errorf("writes %q, want %q", g.trace, want)
 	}
 	g.r.Set(desired, []lb.ServiceName{{Name: "never there"}})
@@ -649,6 +726,10 @@ func TestStats(t *testing.T) {
 	}
 	g.desire(nil)
 	g.mustApply(t)
+	if got, want := g.r.Stats(), (Stats{Identities: 6, Removed: 6}); got != want {
+		t.Errorf("nothing desired %+v, want %+v", got, want)
+	}
+	g.sweep(t)
 	if got, want := g.r.Stats(), (Stats{}); got != want {
 		t.Errorf("in the end %+v, want %+v", got, want)
 	}
@@ -663,7 +744,9 @@ func TestNameTooLong(t *testing.T) {
 	if err == nil || !strings.Contains(err.Error(), "longer than 63 bytes") {
 		t.Errorf("error %v", err)
 	}
-	g.wantDump(t, mustParse(t, before))
+	if diff := cmp.Diff(expected(mustParse(t, before)), g.dump()); diff != "" {
+		t.Errorf("the rest is not what is desired (-desired +maps):\n%s", diff)
+	}
 }
 
 func TestSlotAllocator(t *testing.T) {

@@ -33,12 +33,14 @@ func New(m *maps.Maps, log *slog.Logger) (*Reconciler, error) {
 		frontends:  map[lb.VIP]frontend{},
 		clusterIPs: map[netip.Addr]int{},
 		backendsAt: map[lb.VIP]int{},
+		removed:    map[uint32]uint64{},
 		former:     map[endpoint]uint32{},
 		serviceIDs: newIDQueue(sizes.Services),
 		backendIDs: newIDQueue(sizes.Backends),
 		slots:      newSlotAllocator(sizes.Slots),
 
 		addresses: map[netip.Addr]struct{}{},
+		unnamed:   map[uint32]struct{}{},
 		direct:    map[lb.VIP]struct{}{},
 		late:      late{services: map[*service]struct{}{}, bumps: map[uint32]struct{}{}},
 	}
@@ -108,10 +110,8 @@ func (r *restored) service(id uint32) *service {
 // unnamed is a name that no Service has.
 func unnamed(id uint32) lb.ServiceName { return lb.ServiceName{Name: fmt.Sprintf("(id %d)", id)} }
 
-// readBackends restores ids, generations and states. Those that were never used are handed out before those that
-// flows may still name.
+// readBackends restores ids, generations and states. Which removed ones flows still name the next sweep tells.
 func (r *restored) readBackends() {
-	var removed []uint32
 	for id := uint32(1); id < r.sizes.Backends; id++ {
 		b := r.maps.Backend(id)
 		var s *service
@@ -120,7 +120,8 @@ func (r *restored) readBackends() {
 			r.backendIDs.push(id)
 			continue
 		case maps.BackendRemoved:
-			removed = append(removed, id)
+			r.ref(b.VIP())
+			r.keep(id, b)
 			continue
 		case maps.BackendActive, maps.BackendDraining:
 			s = r.service(b.Service)
@@ -136,11 +137,6 @@ func (r *restored) readBackends() {
 		}
 		r.log.Warn("a backend belongs nowhere", "id", id, "service", b.Service, "address", b.Addr())
 		r.repairs = append(r.repairs, func() error { return r.removeBackend(id) })
-	}
-	for _, id := range removed {
-		b := r.maps.Backend(id)
-		r.backendIDs.push(id)
-		r.former[endpoint{b.Service, b.VIP()}] = id
 	}
 }
 
