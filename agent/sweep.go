@@ -13,11 +13,14 @@ import (
 )
 
 const (
-	// sweepInterval is from the begin of a walk of the flow tables to the next, and about what a walk of full
-	// tables takes. An entry costs half a microsecond to read and, if it is a candidate, one to judge.
+	// sweepInterval is from the begin of a walk of the flow tables to the next, and about what a walk takes. An
+	// entry costs half a microsecond to read and, if it is a candidate, as much to judge.
 	sweepInterval = 30 * time.Second
-	// sweepChunk is how many entries are looked at in a row.
+	// sweepChunk is how many entries are looked at in a row: a millisecond's work.
 	sweepChunk = 1024
+	// sweepPause is the shortest pause behind a chunk, so that a walk of tables larger than the default ones
+	// takes longer, and no more than some hundredths of a CPU.
+	sweepPause = 25 * time.Millisecond
 	// sweepIdle is the age from which the program is asked whether an entry's twin is another flow's: packets
 	// make such an entry no younger.
 	sweepIdle = time.Minute
@@ -44,7 +47,7 @@ func (a *agent) sweep(ctx context.Context) error {
 			return nil
 		}
 		chunks := 2 + (last.Flows+last.Pending)/sweepChunk
-		w, err := a.walk(ctx, a.config.SweepInterval/time.Duration(chunks))
+		w, err := a.walk(ctx, max(a.config.SweepInterval/time.Duration(chunks), sweepPause))
 		if ctx.Err() != nil {
 			return nil
 		}
