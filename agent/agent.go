@@ -82,6 +82,7 @@ func Run(ctx context.Context, c Config) (err error) {
 		config: c, started: time.Now(), maps: m, folder: folder, objects: objects,
 		table: resolve.NewTable(), reconciler: reconciler, programs: programs,
 		names: make(chan []source.Name), hosts: make(chan node.Snapshot), host: host.Snapshot(),
+		sweepBegins: make(chan struct{}), sweepEnds: make(chan walk),
 		holding: len(folder.Held()) > 0,
 	}
 	if a.holding {
@@ -99,6 +100,7 @@ func Run(ctx context.Context, c Config) (err error) {
 	g.Go(func() error { return pump(ctx, objects.Next, a.names) })
 	g.Go(func() error { return pump(ctx, host.Next, a.hosts) })
 	g.Go(func() error { return api.Serve(ctx, socket, a.status) })
+	g.Go(func() error { return a.sweep(ctx) })
 	g.Go(func() error { return a.run(ctx) })
 	return g.Wait()
 }

@@ -27,6 +27,8 @@ type Config struct {
 	// --silent-backend-timeout; negative: off. 0 is at once, to be set after Defaults.
 	SilentBackend time.Duration
 
+	SweepInterval time.Duration // no flag: shorter in tests
+
 	Log *slog.Logger
 }
 
@@ -45,6 +47,7 @@ func (c *Config) Defaults() {
 		Flows: cmp.Or(c.Sizes.Flows, sizes.Flows),
 	}
 	c.SilentBackend = cmp.Or(c.SilentBackend, 5*time.Second)
+	c.SweepInterval = cmp.Or(c.SweepInterval, sweepInterval)
 	c.BPFRoot = cmp.Or(c.BPFRoot, "/sys/fs/bpf/lbagent")
 	c.Socket = cmp.Or(c.Socket, "/run/lbagent/lbagent.sock")
 	if c.Log == nil {

@@ -23,8 +23,8 @@ import (
 // releaseDelay is how often to look whether the objects of mended files have arrived.
 const releaseDelay = 100 * time.Millisecond
 
-// agent is what is between the stages. All of it belongs to the goroutine of run, but for `page` and what
-// [agent.status] says it reads.
+// agent is what is between the stages. All of it belongs to the goroutine of run, but for what is said to
+// be another's and what [agent.status] says it reads.
 type agent struct {
 	config  Config
 	started time.Time
@@ -39,6 +39,11 @@ type agent struct {
 	names chan []source.Name         // Services that may have changed
 	hosts chan node.Snapshot         // the host, after a change
 	page  atomic.Pointer[api.Status] // replaced as a whole
+
+	// Of the goroutine of sweep, which tells run when a walk begins and what it has found.
+	sweepBegins chan struct{}
+	sweepEnds   chan walk
+	flows       atomic.Pointer[api.FlowCounts] // of the last walk; nil before
 
 	synced  bool // all that the folder held at the start is in the table
 	holding bool // what was found in the maps and nobody names is kept
@@ -84,6 +89,10 @@ func (a *agent) run(ctx context.Context) error {
 			if a.synced {
 				a.attach()
 			}
+		case <-a.sweepBegins:
+			a.reconciler.BeginSweep()
+		case w := <-a.sweepEnds:
+			a.endSweep(w)
 		case <-changed: // problems or what is held
 		case <-a.release.due():
 			a.letGo(ctx)
@@ -122,6 +131,14 @@ func (a *agent) letGo(ctx context.Context) {
 	a.reconciler.Hold(false)
 	a.config.Log.Info("all manifests are read, nothing is held any more")
 	a.write()
+}
+
+// endSweep lets go of the removed backends that a walk of the flow tables has found no flow of.
+func (a *agent) endSweep(w walk) {
+	free := a.reconciler.EndSweep(func(id uint32) bool { _, ok := w.named[id]; return ok })
+	if free > 0 && a.synced { // before, Apply would remove what is not yet read
+		a.write()
+	}
 }
 
 // write brings what is different into the maps.

@@ -17,6 +17,7 @@ import (
 
 	"github.com/lbagent/lbagent/api"
 	"github.com/lbagent/lbagent/internal/testenv"
+	"github.com/lbagent/lbagent/lb"
 	"github.com/lbagent/lbagent/maps"
 )
 
@@ -473,4 +474,117 @@ func (s *site) short() context.Context {
 	ctx, cancel := context.WithTimeout(s.t.Context(), 300*time.Millisecond)
 	s.t.Cleanup(cancel)
 	return ctx
+}
+
+// removedOf returns the removed backends of a host, and whether their own addresses are among the frontends.
+func (s *site) removedOf(h *testenv.Host) map[lb.VIP]bool {
+	s.t.Helper()
+	m, err := maps.Read(filepath.Join(s.config.BPFRoot, "maps"))
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	defer m.Close()
+	named := map[lb.VIP]bool{}
+	err = m.EachFrontend(func(k maps.FrontendKey, f maps.Frontend) bool {
+		named[k.VIP()] = lb.Kind(f.Kind) == lb.Identity
+		return true
+	})
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	removed := map[lb.VIP]bool{}
+	for _, b := range m.EachBackend() {
+		if a := b.Addr().Addr(); b.Life.State == maps.BackendRemoved && (a == h.IPv4 || a == h.IPv6) {
+			removed[b.VIP()] = named[b.VIP()]
+		}
+	}
+	return removed
+}
+
+// wantRemoved waits until so many backends of a host are removed and not free.
+func (s *site) wantRemoved(when string, h *testenv.Host, want int) {
+	s.t.Helper()
+	deadline := time.Now().Add(15 * time.Second)
+	for {
+		removed := s.removedOf(h)
+		for vip, named := range removed {
+			if !named {
+				s.t.Fatalf("%s: the removed backend %s has lost its identity", when, vip)
+			}
+		}
+		if len(removed) == want {
+			return
+		}
+		if time.Now().After(deadline) {
+			s.t.Fatalf("%s: %d removed backends of %s are kept, want %d: %v", when, len(removed), h.Name, want, removed)
+		}
+		time.Sleep(5 * time.Millisecond)
+	}
+}
+
+// TestRemovedBackendKept: a removed backend with a living connection keeps its id and its identity, over sweeps and
+// a restart; those without one, and it when that has ended, become free.
+func TestRemovedBackendKept(t *testing.T) {
+	with := func(hosts ...int) func(*site) string {
+		return func(s *site) string {
+			var endpoints []endpoint
+			for _, i := range hosts {
+				endpoints = append(endpoints, endpoint{host: s.Backends[i]})
+			}
+			return s.talk("talk", 20, older, endpoints...)
+		}
+	}
+	s := newTalk(t, with(0))
+	gone, passing := s.Backends[0], s.Backends[2]
+	var connections []*testenv.EchoConn
+	for _, family := range []int{4, 6} {
+		connections = append(connections, s.dial(0, talkVIP(20, family)))
+	}
+	say := func(when string) {
+		t.Helper()
+		for _, c := range connections {
+			if err := c.Say(s.soon(), when); err != nil || c.Server != gone.Name {
+				t.Errorf("%s: connection to %s: %v", when, c.Server, err)
+			}
+		}
+	}
+	// That one more backend comes, goes and is free shows that sweeps have begun and ended since.
+	pass := func(when string) {
+		t.Helper()
+		s.change(with(1, 2)(s))
+		s.change(with(1)(s))
+		s.wantRemoved(when, passing, 0)
+		s.wantRemoved(when, gone, len(connections))
+		say(when)
+	}
+	s.change(with(1)(s))
+	s.wantRemoved("removed", gone, len(connections)) // those of UDP are free
+	pass("removed")
+	s.last.terminate()
+	s.start(s.config)
+	s.inForce(with(1)(s))
+	pass("after a restart")
+
+	for _, c := range connections {
+		if err := c.Reset(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	time.Sleep(20 * time.Millisecond) // for the last segments
+	s.ageFlows(48 * time.Hour)
+	s.wantRemoved("ended", gone, 0)
+	m, err := maps.Read(filepath.Join(s.config.BPFRoot, "maps"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer m.Close()
+	halves := 0
+	for _, in := range []maps.Table{maps.Pending, maps.Flows} {
+		if err := m.EachHalf(in, func(maps.Tuple, maps.Flow) bool { halves++; return true }); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if halves != 0 {
+		t.Errorf("%d halves of flows are left", halves)
+	}
 }

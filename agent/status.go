@@ -43,10 +43,10 @@ func (a *agent) publish() {
 }
 
 // status answers the admin socket, from any goroutine: the page that was put up last, and what the maps say
-// right now.
+// right now; of the flow tables, what the last walk has counted.
 func (a *agent) status() (api.Status, error) {
 	s := *a.page.Load()
-	return s, s.FillFromMaps(a.maps)
+	return s, s.FillFromMaps(a.maps, a.flows.Load())
 }
 
 // problemLog knows which problems were logged. Those of the folder itself are logged by package manifest.

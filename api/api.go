@@ -93,11 +93,30 @@ func ProblemsOf(problems []lb.Problem) []Problem {
 	return all
 }
 
-// mapsOf counts what is in the maps. Of `flows` it counts the halves, those included that have expired and
-// were not dropped yet; of `slots` those that services refer to.
-func mapsOf(m *maps.Maps) ([]Map, error) {
-	var frontends, services, slots, backends, flows, pending int
-	err := m.EachFrontend(func(maps.FrontendKey, maps.Frontend) bool { frontends++; return true })
+// FlowCounts is how many entries the flow tables have: halves of flows, those included that have expired and are
+// still there.
+type FlowCounts struct{ Pending, Flows int }
+
+func countFlows(m *maps.Maps) (counts FlowCounts, err error) {
+	err = errors.Join(
+		m.EachHalf(maps.Pending, func(maps.Tuple, maps.Flow) bool { counts.Pending++; return true }),
+		m.EachHalf(maps.Flows, func(maps.Tuple, maps.Flow) bool { counts.Flows++; return true }))
+	return counts, err
+}
+
+// mapsOf counts what is in the maps, but for the flows where somebody has counted them, as that is much to
+// read; of `slots` those that services refer to. Backends' own addresses are counted apart from the frontends
+// of services, as "identities"; they share a map.
+func mapsOf(m *maps.Maps, flows *FlowCounts) ([]Map, error) {
+	var frontends, identities, services, slots, backends int
+	err := m.EachFrontend(func(_ maps.FrontendKey, f maps.Frontend) bool {
+		if lb.Kind(f.Kind) == lb.Identity {
+			identities++
+		} else {
+			frontends++
+		}
+		return true
+	})
 	if err != nil {
 		return nil, err
 	}
@@ -114,21 +133,17 @@ func mapsOf(m *maps.Maps) ([]Map, error) {
 			backends++
 		}
 	}
-	err = m.EachFlow(func(_ maps.Tuple, _ maps.Flow, assured bool) bool {
-		if assured {
-			flows++
-		} else {
-			pending++
+	if flows == nil {
+		counts, err := countFlows(m)
+		if err != nil {
+			return nil, err
 		}
-		return true
-	})
-	if err != nil {
-		return nil, err
+		flows = &counts
 	}
 	sizes := m.Sizes()
 	return []Map{
-		{"backends", backends, sizes.Backends}, {"flows", flows, sizes.Flows}, {"frontends", frontends, sizes.Frontends},
-		{"pending", pending, sizes.Flows / 4},
+		{"backends", backends, sizes.Backends}, {"flows", flows.Flows, sizes.Flows}, {"frontends", frontends, sizes.Frontends},
+		{"identities", identities, sizes.Frontends}, {"pending", flows.Pending, sizes.Flows / 4},
 		{"services", services, sizes.Services}, {"slots", slots, sizes.Slots},
 	}, nil
 }
@@ -149,13 +164,13 @@ func FromPins(root string) (Status, error) {
 		return s, err
 	}
 	defer m.Close()
-	return s, s.FillFromMaps(m)
+	return s, s.FillFromMaps(m, nil)
 }
 
-// FillFromMaps sets what the maps alone say: Maps and Reasons.
-func (s *Status) FillFromMaps(m *maps.Maps) error {
+// FillFromMaps sets what the maps alone say: Maps and Reasons. The flows are counted anew where `flows` is nil.
+func (s *Status) FillFromMaps(m *maps.Maps, flows *FlowCounts) error {
 	var err error
-	if s.Maps, err = mapsOf(m); err != nil {
+	if s.Maps, err = mapsOf(m, flows); err != nil {
 		return err
 	}
 	if s.Reasons, err = m.Reasons(); err != nil {

@@ -4,8 +4,8 @@
  * of `to`.
  *
  * Lookups, touches and writes of state take no lock. What changes which keys exist, or what a `to` says,
- * holds the flow's lock, and looks again after taking it: flow_open, flow_assure, flow_restore, flow_sweep.
- * These rules were model-checked; see docs/datapath.md before changing one.
+ * holds the flow's lock, and looks again after taking it: flow_open, flow_assure, flow_restore, and
+ * flow_sweep in sweep.c. These rules were model-checked; see docs/datapath.md before changing one.
  */
 #ifndef LBAGENT_FLOW_H
 #define LBAGENT_FLOW_H
@@ -18,11 +18,6 @@
 #define FLOW_CLOSED (FLOW_CLIENT_RST | FLOW_BACKEND_RST | FLOW_MOVED)
 #define REMAP_TRIES 8
 #define REMAP_FIRST 1024 /* ports below are some server's */
-
-enum table {
-	PENDING,
-	FLOWS,
-};
 
 /* The clock of `last_seen_ns`: that of the last tick, some milliseconds late, a third of the price. */
 static __always_inline __u64 clock_now(void)

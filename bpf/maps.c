@@ -9,3 +9,4 @@ char _license[] SEC("license") = "Dual BSD/GPL";
 const enum flow_state *flow_state_names __attribute__((unused));
 const enum flow_flags *flow_flags_names __attribute__((unused));
 const enum reason *reason_names __attribute__((unused));
+const enum table *table_names __attribute__((unused));

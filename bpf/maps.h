@@ -9,8 +9,8 @@
 #include <bpf/bpf_helpers.h>
 #include "types.h"
 
-/* address, port, protocol -> service. Written by reconcile, read for every packet without a flow. A
- * missing key: not a service's. */
+/* address, port, protocol -> service, or IDENTITY: a backend's own address. Written by reconcile, read for
+ * every packet without a flow. A missing key: neither. */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(map_flags, BPF_F_NO_PREALLOC);

@@ -12,6 +12,23 @@ static __always_inline __u64 u64_load(const void *p)
 	return *(const volatile __u64 *)p;
 }
 
+/* key_tag folds a key into 16 bits, never 0: its five words, each XORed in and multiplied by 2^32 / phi, then the
+ * upper half. maps.FrontendKey.Tag is the same in Go, and writes it into every frontend. */
+static __always_inline __u16 key_tag(const struct frontend_key *key)
+{
+	const __u32 *words = (const __u32 *)key;
+	__u32 h = 0;
+
+#pragma unroll
+	for (unsigned int i = 0; i < sizeof(*key) / sizeof(*words); i++)
+		h = (h ^ words[i]) * 0x9e3779b1;
+	h >>= 16;
+	return h ? h : 1;
+}
+
+/* frontend_lookup returns the frontend at an address and port, one of KIND_NONE where there is none. The
+ * element that the kernel finds may have been deleted and reused for another key by the time it is read: one
+ * load, whose tag must be the key's. Else another look, and if it is reused under that too, it counts as absent. */
 static __always_inline struct frontend frontend_lookup(const __u8 *address, __u16 port,
 						       enum protocol protocol)
 {
@@ -19,13 +36,21 @@ static __always_inline struct frontend frontend_lookup(const __u8 *address, __u1
 	union {
 		__u64 word;
 		struct frontend frontend;
-	} loaded = {};
+	} loaded;
 	const struct frontend *frontend;
+	__u16 tag;
 
 	__builtin_memcpy(key.address, address, ADDRESS_LENGTH);
-	frontend = bpf_map_lookup_elem(&frontends, &key);
-	if (frontend)
+	tag = key_tag(&key);
+	for (int i = 0; i < 2; i++) {
+		frontend = bpf_map_lookup_elem(&frontends, &key);
+		if (!frontend)
+			break;
 		loaded.word = u64_load(frontend);
+		if (loaded.frontend.key_tag == tag)
+			return loaded.frontend;
+	}
+	loaded.word = 0;
 	return loaded.frontend;
 }
 

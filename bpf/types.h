@@ -35,7 +35,7 @@ enum frontend_kind {
 	KIND_LOAD_BALANCER,
 	KIND_EXTERNAL,
 	KIND_HOST_PORT,
-	KIND_IDENTITY, /* a backend's own address; not written yet */
+	KIND_IDENTITY, /* a backend's own address; of no service */
 	KIND_ADDRESS, /* port 0, PROTOCOL_ANY: this address is a ClusterIP */
 } __one_byte;
 
@@ -44,7 +44,7 @@ struct frontend_key {
 	__u16 port;
 	enum protocol protocol;
 	__u8 pad;
-};
+} __attribute__((aligned(4))); /* key_tag reads words */
 _Static_assert(sizeof(struct frontend_key) == 20, "a key without a hole");
 
 /* One u64, loaded and stored as one: an element of a hash is reused at once, so a reader that holds one
@@ -53,7 +53,7 @@ struct frontend {
 	__u32 service;
 	enum frontend_kind kind;
 	__u8 flags; /* none yet */
-	__u16 key_tag; /* not used yet */
+	__u16 key_tag; /* of its key: see key_tag */
 } __attribute__((aligned(8)));
 _Static_assert(sizeof(struct frontend) == 8, "one u64");
 
@@ -84,10 +84,10 @@ struct service_name {
 _Static_assert(sizeof(struct service_name) == 196, "no padding");
 
 enum backend_state {
-	BACKEND_FREE, /* never used */
+	BACKEND_FREE, /* never used, or no flow names it any more; its generation stays */
 	BACKEND_ACTIVE, /* new flows choose it */
 	BACKEND_DRAINING, /* its flows keep it, no new flow chooses it */
-	BACKEND_REMOVED, /* no flow may choose it again; address and service are the last ones */
+	BACKEND_REMOVED, /* no flow may choose it again; those that it has go on at its address */
 } __one_byte;
 
 /* What may change while flows refer to the backend. One u64: user space replaces it by one store and a
@@ -104,7 +104,8 @@ struct backend {
 	__u8 address[ADDRESS_LENGTH];
 	struct backend_life life;
 	__u32 service;
-	__u32 pad;
+	enum protocol protocol;
+	__u8 pad[3];
 };
 _Static_assert(sizeof(struct backend) == 32, "no padding");
 
@@ -171,7 +172,21 @@ struct flow {
 };
 _Static_assert(sizeof(struct flow) == 88, "no padding");
 
+/* The two tables of flows. */
+enum table {
+	PENDING,
+	FLOWS,
+};
+
 #define FLOW_LOCKS 16384
+#define SWEEP_KEYS 32
+
+/* The packet that program sweep is run on. It has as many keys as its length tells. */
+struct sweep_step {
+	__u8 frame[15]; /* 0: an Ethernet header of no protocol, which the kernel wants */
+	__u8 table; /* of enum table */
+	struct tuple keys[SWEEP_KEYS];
+};
 
 /* A change of a flow that is being made, by the CPU whose it is. */
 struct change {

@@ -40,20 +40,6 @@ type Device struct {
 	LinkHeader int // bytes before the IP header: 14, or 0 for devices such as WireGuard and tun
 }
 
-// Timeouts are the ages at which an entry of the flow table is absent. No answer yet: New.
-type Timeouts struct {
-	TCPPending, TCPEstablished, TCPHalfClosed, TCPClosed, Reset, UDPPending, UDP time.Duration
-}
-
-// DefaultTimeouts are those of docs/design: a flow without an answer is given up after a minute, an
-// established connection after a day, as by conntrack's default in a cluster.
-func DefaultTimeouts() Timeouts {
-	return Timeouts{
-		TCPPending: time.Minute, TCPEstablished: 24 * time.Hour, TCPHalfClosed: time.Hour, TCPClosed: time.Minute,
-		Reset: 10 * time.Second, UDPPending: 30 * time.Second, UDP: 2 * time.Minute,
-	}
-}
-
 // Config is what an operator or a test chooses. The zero value of each field is its default.
 type Config struct {
 	// LinkDir is the folder of link pins, on a BPF file system. Empty: the programs stay attached only
@@ -68,13 +54,14 @@ type Config struct {
 	Clsact bool
 }
 
-// Loader holds loaded programs and what attaches them. Its methods must not be called concurrently, and all
-// from the network namespace of the devices.
+// Loader holds loaded programs and what attaches them. Its methods must not be called concurrently (but see
+// Sweep), and all from the network namespace of the devices.
 type Loader struct {
 	maps     *maps.Maps
 	config   Config
 	features Features
 	byHeader map[int]*tcPrograms // by length of the link header
+	sweeper  *sweepPrograms
 	hooks    map[hook]attachment
 	clsact   bool // the kernel has no tcx, or is not to use it
 	adopted  bool
@@ -104,6 +91,10 @@ func Load(m *maps.Maps, config Config) (*Loader, error) {
 	if _, err := l.programs(14); err != nil {
 		return nil, err
 	}
+	l.sweeper = new(sweepPrograms)
+	if err := l.load(loadSweep, 14, l.sweeper); err != nil {
+		return nil, errors.Join(err, l.Close())
+	}
 	return l, nil
 }
 
@@ -119,6 +110,10 @@ func (l *Loader) Close() error {
 	for _, p := range l.byHeader {
 		errs = append(errs, p.Close())
 	}
+	if l.sweeper.Sweep != nil {
+		errs = append(errs, l.sweeper.Close())
+		l.sweeper.Sweep = nil
+	}
 	clear(l.hooks)
 	clear(l.byHeader)
 	return errors.Join(errs...)
@@ -130,21 +125,29 @@ func (l *Loader) programs(linkHeader int) (*tcPrograms, error) {
 	if p := l.byHeader[linkHeader]; p != nil {
 		return p, nil
 	}
-	spec, err := loadTc()
-	if err != nil {
-		return nil, fmt.Errorf("read the programs' object: %w", err)
-	}
-	if err := l.configure(spec, linkHeader); err != nil {
-		return nil, err
-	}
-	l.maps.Sizes().Apply(spec)
 	var p tcPrograms
-	err = spec.LoadAndAssign(&p, &ebpf.CollectionOptions{MapReplacements: l.maps.All()})
-	if err != nil {
-		return nil, fmt.Errorf("load the programs: %w", err)
+	if err := l.load(loadTc, linkHeader, &p); err != nil {
+		return nil, err
 	}
 	l.byHeader[linkHeader] = &p
 	return &p, nil
+}
+
+// load loads the programs of an object, for devices with a link header of that length.
+func (l *Loader) load(object func() (*ebpf.CollectionSpec, error), linkHeader int, into any) error {
+	spec, err := object()
+	if err != nil {
+		return fmt.Errorf("read the programs' object: %w", err)
+	}
+	if err := l.configure(spec, linkHeader); err != nil {
+		return err
+	}
+	l.maps.Sizes().Apply(spec)
+	err = spec.LoadAndAssign(into, &ebpf.CollectionOptions{MapReplacements: l.maps.All()})
+	if err != nil {
+		return fmt.Errorf("load the programs: %w", err)
+	}
+	return nil
 }
 
 // configure sets every constant of the programs; one that it does not know is an error, so that none is
@@ -174,6 +177,9 @@ func (l *Loader) configure(spec *ebpf.CollectionSpec, linkHeader int) error {
 		},
 	}
 	for name, v := range spec.Variables {
+		if !v.Constant() {
+			continue // it is there for its type alone
+		}
 		value, known := values[name]
 		if !known {
 			return fmt.Errorf("the programs have a variable %s that nothing sets", name)

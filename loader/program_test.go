@@ -8,8 +8,10 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"math/rand/v2"
 	"net/netip"
 	"os"
+	"runtime"
 	"slices"
 	"sync"
 	"testing"
@@ -65,6 +67,7 @@ type rig struct {
 	t        *testing.T
 	maps     *maps.Maps
 	programs map[string]*ebpf.Program
+	loader   *loader.Loader
 }
 
 // shared are the programs of all these tests: to verify them takes longer than most tests do.
@@ -77,7 +80,7 @@ var shared = sync.OnceValues(func() (*rig, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &rig{maps: m, programs: l.Programs()}, nil
+	return &rig{maps: m, programs: l.Programs(), loader: l}, nil
 })
 
 // newRig returns the programs with empty maps.
@@ -90,7 +93,7 @@ func newRig(t *testing.T) *rig {
 	if err != nil {
 		t.Fatalf("%+v", err)
 	}
-	r := &rig{t: t, maps: s.maps, programs: s.programs}
+	r := &rig{t: t, maps: s.maps, programs: s.programs, loader: s.loader}
 	r.clearFlows()
 	var keys []maps.FrontendKey
 	r.must(r.maps.EachFrontend(func(k maps.FrontendKey, _ maps.Frontend) bool {
@@ -1283,5 +1286,309 @@ func TestCounts(t *testing.T) {
 	flow, _ := r.flow(f.client, f.vip, lb.UDP)
 	if flow.Packets != 3 || flow.Bytes != uint64(3*(len(p)-14)) {
 		t.Errorf("%d packets, %d bytes; want 3 and %d", flow.Packets, flow.Bytes, 3*(len(p)-14))
+	}
+}
+
+// TestFrontendTag: a program finds what Go has tagged, and takes an element with another key's tag for none.
+func TestFrontendTag(t *testing.T) {
+	r := newRig(t)
+	rnd := rand.New(rand.NewPCG(1, 5))
+	random := func(n int) netip.AddrPort {
+		a := make([]byte, n)
+		for i := range a {
+			a[i] = byte(rnd.Uint32())
+		}
+		if a[0] = 10; n == 16 {
+			a[0] = 0xfd
+		}
+		addr, _ := netip.AddrFromSlice(a)
+		return netip.AddrPortFrom(addr, uint16(rnd.Uint32()))
+	}
+	frontends := r.maps.All()["frontends"]
+	for i := range 2000 {
+		f := families[i%2]
+		vip := random(f.vip.Addr().BitLen() / 8)
+		p, packet := lb.TCP, testenv.SegmentTCP(f.client, vip, testenv.SYN)
+		if i%3 == 0 {
+			p, packet = lb.UDP, testenv.DatagramUDP(f.client, vip, "x")
+		}
+		key := maps.KeyOf(lb.VIP{Addr: vip.Addr(), Port: vip.Port(), Protocol: p})
+		r.must(r.maps.SetFrontend(key, maps.FrontendOf(1, lb.ClusterIP))) // which has no backend
+		r.expect("node_in", packet.Bytes(), drop, "no_backend", nil)
+		var value maps.Frontend
+		r.must(frontends.Lookup(key, &value))
+		value.KeyTag ^= 1 << (i % 16)
+		r.must(frontends.Put(key, value))
+		r.expect("node_in", packet.Bytes(), pass, "no_service", packet.Bytes())
+		r.must(r.maps.DeleteFrontend(key))
+	}
+}
+
+// TestFrontendsReused: two million lookups of a frontend that is deleted and inserted beside others in batches,
+// so that their elements are reused under the reader. It finds its own service or none.
+func TestFrontendsReused(t *testing.T) {
+	r := newRig(t)
+	f := families[0]
+	const lookups, others = 2_000_000, 40
+	packet := testenv.DatagramUDP(f.client, f.vip, "x").Bytes()
+	clear(packet[:6])
+	// The packet's service has no backend, all others have one: any packet that gets one is wrong.
+	r.backend(1, 2, f.backend, maps.BackendActive, 1)
+	r.slots(2, 1)
+	key := maps.KeyOf(lb.VIP{Addr: f.vip.Addr(), Port: f.vip.Port(), Protocol: lb.UDP})
+	own := maps.FrontendOf(1, lb.ClusterIP)
+	own.KeyTag = key.Tag()
+	keys, values := []maps.FrontendKey{key}, []maps.Frontend{own}
+	for port := uint16(1000); len(keys) < others; port++ {
+		k := maps.KeyOf(lb.VIP{Addr: f.vip2.Addr(), Port: port, Protocol: lb.UDP})
+		if k.Tag() == key.Tag() {
+			continue // one in 65,535 cannot be told apart
+		}
+		v := maps.FrontendOf(2, lb.ClusterIP)
+		v.KeyTag = k.Tag()
+		keys, values = append(keys, k), append(values, v)
+	}
+
+	var writers sync.WaitGroup
+	done := make(chan struct{})
+	writers.Go(func() {
+		onCPU(t, 1)
+		frontends := r.maps.All()["frontends"]
+		for round := 0; ; round++ {
+			select {
+			case <-done:
+				return
+			default:
+			}
+			// Each time in another order, so that an element goes from key to key.
+			at := round % len(keys)
+			k := append(slices.Clone(keys[at:]), keys[:at]...)
+			v := append(slices.Clone(values[at:]), values[:at]...)
+			if _, err := frontends.BatchUpdate(k, v, nil); err != nil {
+				t.Error(err)
+				return
+			}
+			if _, err := frontends.BatchDelete(k, nil); err != nil {
+				t.Error(err)
+				return
+			}
+		}
+	})
+	before, err := r.maps.Reasons()
+	r.must(err)
+	ran := make(chan error)
+	go func() {
+		onCPU(t, 0)
+		_, err := r.programs["node_in"].Run(&ebpf.RunOptions{Data: packet, Repeat: lookups})
+		ran <- err
+	}()
+	r.must(<-ran)
+	close(done)
+	writers.Wait()
+	after, err := r.maps.Reasons()
+	r.must(err)
+	counts := map[string]uint64{}
+	for name, n := range after {
+		if n -= before[name]; n > 0 {
+			counts[name] = n
+		}
+	}
+	if counts["no_backend"]+counts["no_service"] != lookups {
+		t.Errorf("a packet met another service: %v", counts)
+	}
+	if counts["no_backend"] < lookups/100 || counts["no_service"] < lookups/100 {
+		t.Errorf("hardly any race: %v", counts)
+	}
+}
+
+// onCPU keeps the calling goroutine, which must end soon, on a CPU: the thread ends with it.
+func onCPU(t *testing.T, cpu int) {
+	runtime.LockOSThread()
+	var set unix.CPUSet
+	set.Set(cpu % runtime.NumCPU())
+	if err := unix.SchedSetaffinity(0, &set); err != nil {
+		t.Error("pin to a CPU:", err)
+	}
+}
+
+// keys returns the keys of a table.
+func (r *rig) keys(in maps.Table) (keys []maps.Tuple) {
+	r.t.Helper()
+	r.must(r.maps.EachHalf(in, func(k maps.Tuple, _ maps.Flow) bool {
+		keys = append(keys, k)
+		return true
+	}))
+	return keys
+}
+
+// wantSwept sweeps both tables as a whole and compares how many entries went.
+func (r *rig) wantSwept(when string, pending, flows int) {
+	r.t.Helper()
+	for _, table := range []struct {
+		in   maps.Table
+		want int
+	}{{maps.Pending, pending}, {maps.Flows, flows}} {
+		before := len(r.keys(table.in))
+		removed, err := r.loader.Sweep(table.in, r.keys(table.in))
+		r.must(err)
+		if gone := before - len(r.keys(table.in)); removed != table.want || gone != table.want {
+			r.t.Errorf("%s, table %d: %d removed, %d gone of %d; want %d", when, table.in, removed, gone, before, table.want)
+		}
+	}
+}
+
+// TestSweep: what has expired goes, in whichever table, and nothing else.
+func TestSweep(t *testing.T) {
+	for _, f := range families {
+		r := newRig(t)
+		r.service(f)
+		r.wantSwept("empty", 0, 0)
+		c := r.talk(f)
+		c.open()
+		r.run("node_in", testenv.DatagramUDP(f.client, f.vip, "x").Bytes())
+		r.wantSwept("all alive", 0, 0)
+		r.age(40 * time.Second) // UDP without an answer lives 30
+		r.wantSwept("after 40 s", 2, 0)
+		r.age(30 * time.Second) // what was copied lives 60
+		r.wantSwept("after 70 s", 2, 0)
+		c.answer(testenv.ACK)
+		c.send(testenv.ACK, "forward")
+		r.age(24*time.Hour + time.Second)
+		r.wantSwept("after a day", 0, 2)
+
+		// More than a step has room for, and keys that are not there.
+		const clients = 50
+		for i := range uint16(clients) {
+			r.run("node_in", testenv.DatagramUDP(netip.AddrPortFrom(f.client.Addr(), 20000+i), f.vip, "x").Bytes())
+		}
+		keys := r.keys(maps.Pending)
+		removed, err := r.loader.Sweep(maps.Flows, keys)
+		r.must(err)
+		r.age(time.Minute)
+		if removed != 0 || len(keys) != 2*clients {
+			t.Errorf("%d of %d removed from the other table", removed, len(keys))
+		}
+		r.wantSwept("many", 2*clients, 0)
+	}
+}
+
+// TestSweepTakenTwin: a half whose twin's key has become another flow's goes, but not the reply half of a flow
+// that leads elsewhere on purpose.
+func TestSweepTakenTwin(t *testing.T) {
+	for _, f := range families {
+		for _, in := range []string{"flows", "pending"} {
+			r := newRig(t)
+			r.service(f)
+			table := r.maps.All()[in]
+			forward, reply := tuple(f.client, f.vip, lb.TCP), tuple(f.backend, f.client, lb.TCP)
+			half := func(of maps.Tuple) (h maps.Flow) {
+				t.Helper()
+				r.must(table.Lookup(of, &h))
+				return h
+			}
+			begin := func() {
+				r.clearFlows()
+				c := r.talk(f)
+				c.open()
+				if in == "flows" {
+					for _, k := range r.keys(maps.Pending) {
+						r.must(r.maps.All()["pending"].Delete(k))
+					}
+				} else {
+					for _, k := range r.keys(maps.Flows) {
+						r.must(r.maps.All()["flows"].Delete(k))
+					}
+				}
+			}
+			swept := func(when string, want int) {
+				t.Helper()
+				if in == "flows" {
+					r.wantSwept(in+", "+when, 0, want)
+				} else {
+					r.wantSwept(in+", "+when, want, 0)
+				}
+			}
+			for _, k := range []maps.Tuple{forward, reply} {
+				begin()
+				other := half(k)
+				other.To.SourcePort++ // another flow's
+				r.must(table.Put(k, other))
+				// Both halves are without a twin of theirs: the changed one has none, the other has another's.
+				swept("a twin of another flow", 1)
+				half(k)
+
+				begin()
+				other.Hook = 0 // claimed, not in force
+				r.must(table.Put(k, other))
+				swept("a claim", 0)
+			}
+			begin()
+			moved := half(forward)
+			moved.To.Destination = f.backend2.Addr().As16()
+			r.must(table.Put(forward, moved))
+			old := half(reply)
+			old.State |= maps.FlowMoved
+			r.must(table.Put(reply, old))
+			swept("moved", 0)
+			r.age(11 * time.Second)
+			swept("moved, expired", 1)
+		}
+	}
+}
+
+// TestSweepBusy: an entry whose flow another CPU is changing stays.
+func TestSweepBusy(t *testing.T) {
+	for _, f := range families {
+		r := newRig(t)
+		r.service(f)
+		r.talk(f).open()
+		r.age(48 * time.Hour)
+		locks := r.maps.All()["flow_locks"]
+		set := func(value uint32) {
+			for i := range locks.MaxEntries() {
+				r.must(locks.Put(i, value))
+			}
+		}
+		set(1)
+		r.wantSwept("busy", 0, 0)
+		set(0)
+		r.wantSwept("free again", 2, 2)
+		for i := range locks.MaxEntries() {
+			var value uint32
+			if r.must(locks.Lookup(i, &value)); value != 0 {
+				t.Fatalf("lock %d is held", i)
+			}
+		}
+	}
+}
+
+// TestPhase holds what flow_timeout_ns of bpf/flow.h says, a row to a line of it.
+func TestPhase(t *testing.T) {
+	timeouts := loader.DefaultTimeouts()
+	both := maps.FlowClientFIN | maps.FlowBackendFIN
+	for _, c := range []struct {
+		state    uint8
+		in       maps.Table
+		protocol lb.Protocol
+		want     string
+		timeout  time.Duration
+	}{
+		{0, maps.Pending, lb.TCP, "pending", timeouts.TCPPending},
+		{0, maps.Flows, lb.TCP, "established", timeouts.TCPEstablished},
+		{maps.FlowClientFIN, maps.Flows, lb.TCP, "half-closed", timeouts.TCPHalfClosed},
+		{maps.FlowBackendFIN, maps.Flows, lb.TCP, "half-closed", timeouts.TCPHalfClosed},
+		{maps.FlowRSTAhead, maps.Flows, lb.TCP, "half-closed", timeouts.TCPHalfClosed},
+		{maps.FlowClientFIN, maps.Pending, lb.TCP, "pending", timeouts.TCPPending},
+		{both, maps.Flows, lb.TCP, "closed", timeouts.TCPClosed},
+		{both, maps.Pending, lb.TCP, "closed", timeouts.TCPClosed},
+		{both | maps.FlowClientRST, maps.Flows, lb.TCP, "reset", timeouts.Reset},
+		{maps.FlowBackendRST, maps.Pending, lb.TCP, "reset", timeouts.Reset},
+		{0, maps.Pending, lb.UDP, "pending", timeouts.UDPPending},
+		{0, maps.Flows, lb.UDP, "assured", timeouts.UDP},
+		{maps.FlowMoved, maps.Flows, lb.UDP, "reset", timeouts.Reset},
+	} {
+		if state, timeout := timeouts.Phase(c.state, uint8(c.protocol), c.in); state != c.want || timeout != c.timeout {
+			t.Errorf("%s in state %d: %s, %v; want %s, %v", c.protocol, c.state, state, timeout, c.want, c.timeout)
+		}
 	}
 }

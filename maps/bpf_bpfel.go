@@ -14,11 +14,12 @@ import (
 )
 
 type bpfBackend struct {
-	_       structs.HostLayout
-	Address [16]uint8
-	Life    bpfBackendLife
-	Service uint32
-	Pad     uint32
+	_        structs.HostLayout
+	Address  [16]uint8
+	Life     bpfBackendLife
+	Service  uint32
+	Protocol bpfProtocol
+	Pad      [3]uint8
 }
 
 type bpfBackendLife struct {
@@ -209,6 +210,13 @@ type bpfSlotRange struct {
 	Count uint32
 }
 
+type bpfTable uint32
+
+const (
+	bpfTablePENDING bpfTable = 0
+	bpfTableFLOWS   bpfTable = 1
+)
+
 type bpfTuple struct {
 	_               structs.HostLayout
 	Source          [16]uint8
@@ -237,6 +245,7 @@ const (
 	bpfVarFlowFlagsNames = "flow_flags_names"
 	bpfVarFlowStateNames = "flow_state_names"
 	bpfVarReasonNames    = "reason_names"
+	bpfVarTableNames     = "table_names"
 )
 
 // loadBpf returns the embedded CollectionSpec for bpf.
@@ -307,6 +316,7 @@ type bpfVariableSpecs struct {
 	FlowFlagsNames *ebpf.VariableSpec `ebpf:"flow_flags_names"`
 	FlowStateNames *ebpf.VariableSpec `ebpf:"flow_state_names"`
 	ReasonNames    *ebpf.VariableSpec `ebpf:"reason_names"`
+	TableNames     *ebpf.VariableSpec `ebpf:"table_names"`
 }
 
 // bpfObjects contains all objects after they have been loaded into the kernel.
@@ -365,6 +375,7 @@ type bpfVariables struct {
 	FlowFlagsNames *ebpf.Variable `ebpf:"flow_flags_names"`
 	FlowStateNames *ebpf.Variable `ebpf:"flow_state_names"`
 	ReasonNames    *ebpf.Variable `ebpf:"reason_names"`
+	TableNames     *ebpf.Variable `ebpf:"table_names"`
 }
 
 // bpfPrograms contains all programs after they have been loaded into the kernel.

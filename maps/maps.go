@@ -50,6 +50,15 @@ const (
 	BackendRemoved  = bpfBackendStateBACKEND_REMOVED
 )
 
+// Table is one of the two tables of flows.
+type Table = bpfTable
+
+// The tables, in the order in which a walk of both misses no flow: copies go that way.
+const (
+	Pending = bpfTablePENDING
+	Flows   = bpfTableFLOWS
+)
+
 // The flags of a flow's state.
 const (
 	FlowClientFIN  = uint8(bpfFlowStateFLOW_CLIENT_FIN)
@@ -380,10 +389,11 @@ func (m *Maps) fault(name string) error {
 	return m.Fault(name)
 }
 
-// SetFrontend writes one frontend.
+// SetFrontend writes one frontend, with the tag of its key.
 func (m *Maps) SetFrontend(k FrontendKey, f Frontend) error {
 	err := m.fault("frontends")
 	if err == nil {
+		f.KeyTag = k.Tag()
 		err = m.bpf.Frontends.Put(k, f)
 	}
 	if err != nil {
@@ -512,7 +522,7 @@ func lifeWord(l BackendLife) (w uint64) {
 	return w
 }
 
-// EachBackend yields every backend that has ever been used, by id.
+// EachBackend yields every backend that has an id, by id: removed ones too, while some flow may name them.
 func (m *Maps) EachBackend() iter.Seq2[uint32, Backend] {
 	return func(yield func(uint32, Backend) bool) {
 		for id := range m.bpf.Backends.MaxEntries() {
@@ -545,6 +555,15 @@ func (m *Maps) EachFlow(yield func(t Tuple, f Flow, assured bool) bool) error {
 	return each(m.bpf.Pending, func(t Tuple, f Flow) bool {
 		return assured[t] || yield(t, f, false)
 	})
+}
+
+// EachHalf calls yield for every entry of one table, living or not, in no order, until it returns false. One that
+// is there all the while is not missed.
+func (m *Maps) EachHalf(in Table, yield func(Tuple, Flow) bool) error {
+	if in == Pending {
+		return each(m.bpf.Pending, yield)
+	}
+	return each(m.bpf.Flows, yield)
 }
 
 // Reasons returns how many packets left the programs for each reason, by the reason's name.
@@ -593,7 +612,17 @@ func (k bpfFrontendKey) VIP() lb.VIP {
 	return lb.VIP{Addr: netip.AddrFrom16(k.Address).Unmap(), Port: k.Port, Protocol: lb.Protocol(k.Protocol)}
 }
 
-// FrontendOf returns the value of a frontend of a service.
+// Tag folds a key into 16 bits, as key_tag of bpf/service.h does. A frontend with another tag than its key's is
+// absent for the programs.
+func (k bpfFrontendKey) Tag() uint16 {
+	var h uint32
+	for _, word := range *(*[unsafe.Sizeof(k) / 4]uint32)(unsafe.Pointer(&k)) {
+		h = (h ^ word) * 0x9e3779b1
+	}
+	return max(uint16(h>>16), 1)
+}
+
+// FrontendOf returns the value of a frontend of a service, without the tag of its key.
 func FrontendOf(service uint32, k lb.Kind) Frontend {
 	return Frontend{Service: service, Kind: bpfFrontendKind(k)}
 }
@@ -633,6 +662,17 @@ func text(c []int8) string {
 // Addr returns where a backend is.
 func (b bpfBackend) Addr() netip.AddrPort {
 	return netip.AddrPortFrom(netip.AddrFrom16(b.Address).Unmap(), b.Life.Port)
+}
+
+// VIP returns the key by which a packet straight to a backend is looked up.
+func (b bpfBackend) VIP() lb.VIP {
+	return lb.VIP{Addr: b.Addr().Addr(), Port: b.Life.Port, Protocol: lb.Protocol(b.Protocol)}
+}
+
+// BackendOf returns a backend of a service as it is written, with address and protocol of an identity.
+func BackendOf(service uint32, at lb.VIP, l BackendLife) Backend {
+	l.Port = at.Port
+	return Backend{Address: at.Addr.As16(), Protocol: bpfProtocol(at.Protocol), Service: service, Life: l}
 }
 
 // From returns where a packet of this tuple comes from.

@@ -186,7 +186,7 @@ func TestOpenAdopts(t *testing.T) {
 		}))
 		found := 0
 		must(t, m.EachFrontend(func(k FrontendKey, f Frontend) bool {
-			if found++; k.VIP() != vip || f != FrontendOf(3, lb.ClusterIP) {
+			if found++; k.VIP() != vip || f.Service != 3 || f.Kind != bpfFrontendKind(lb.ClusterIP) || f.KeyTag != k.Tag() {
 				t.Errorf("frontend %s is %v", k.VIP(), f)
 			}
 			return true
@@ -270,7 +270,7 @@ func TestEachReadsAll(t *testing.T) {
 	want := map[FrontendKey]Frontend{}
 	for i := range 4000 {
 		k := FrontendKey{Port: uint16(i), Protocol: 6}
-		want[k] = Frontend{Service: uint32(i)}
+		want[k] = Frontend{Service: uint32(i), KeyTag: k.Tag()}
 		must(t, m.SetFrontend(k, want[k]))
 	}
 	must(t, m.EachFrontend(func(k FrontendKey, f Frontend) bool {

@@ -8,7 +8,7 @@ import (
 	"github.com/lbagent/lbagent/maps"
 )
 
-// idQueue is a queue of free ids, the one that is free for longest first: something in the kernel may still
+// idQueue is a queue of free ids, the one that is free for longest first: something in the kernel might still
 // name it. It is a ring through 0, which is no id, so that an id can leave it from the middle.
 type idQueue struct {
 	next, prev []uint32

@@ -30,6 +30,7 @@ type content struct {
 	sizes     maps.Sizes
 	names     map[uint32]lb.ServiceName
 	frontends map[lb.VIP]maps.Frontend
+	badTags   []lb.VIP
 	ranges    map[uint32]maps.SlotRange // not those of no slots
 	slots     map[uint32][]uint32       // by service
 	backends  map[uint32]maps.Backend   // not FREE ones
@@ -42,7 +43,13 @@ func read(m *maps.Maps) (content, error) {
 	}
 	err := errors.Join(
 		m.EachServiceName(func(id uint32, n maps.ServiceName) bool { c.names[id] = n.LB(); return true }),
-		m.EachFrontend(func(k maps.FrontendKey, f maps.Frontend) bool { c.frontends[k.VIP()] = f; return true }))
+		m.EachFrontend(func(k maps.FrontendKey, f maps.Frontend) bool {
+			c.frontends[k.VIP()] = f
+			if f.KeyTag != k.Tag() {
+				c.badTags = append(c.badTags, k.VIP())
+			}
+			return true
+		}))
 	for id := range c.sizes.Services {
 		r := m.Service(id).Cluster
 		if r.Count == 0 {
@@ -70,6 +77,11 @@ func (c content) check() error {
 				bad("address entry %s leads to %d", vip, f.Service)
 			}
 			continue
+		case lb.Kind(f.Kind) == lb.Identity:
+			if vip.Port == 0 || vip.Protocol == 0 || f.Service != 0 {
+				bad("identity %s leads to %d", vip, f.Service)
+			}
+			continue
 		case f.Service == 0:
 			bad("frontend %s leads nowhere", vip)
 		case c.names[f.Service] == lb.ServiceName{}:
@@ -78,6 +90,9 @@ func (c content) check() error {
 		if lb.Kind(f.Kind) == lb.ClusterIP && lb.Kind(c.frontends[addressVIP(vip.Addr)].Kind) != lb.Address {
 			bad("ClusterIP %s has no address entry", vip)
 		}
+	}
+	for _, vip := range c.badTags {
+		bad("frontend %s has the tag of another", vip)
 	}
 	type taken struct{ first, end uint64 }
 	var all []taken
@@ -139,6 +154,8 @@ func (c content) String() string {
 	for vip, f := range c.frontends {
 		if lb.Kind(f.Kind) == lb.Address {
 			lines = append(lines, "~address "+vip.Addr.String()+"\n")
+		} else if lb.Kind(f.Kind) == lb.Identity {
+			lines = append(lines, "~identity "+vip.String()+"\n")
 		} else if _, ok := c.names[f.Service]; !ok {
 			strays = append(strays, fmt.Sprintf("stray frontend %s %s\n", vip, lb.Kind(f.Kind)))
 		}
@@ -159,7 +176,7 @@ func expected(desired map[lb.ServiceName]lb.Service) string {
 	for name, svc := range desired {
 		id := uint32(len(c.names) + 1)
 		c.names[id] = name
-		for _, f := range svc.Frontends {
+		for _, f := range svc.Frontends { // in the place of any identity
 			c.frontends[f.VIP] = maps.FrontendOf(id, f.Kind)
 			if f.Kind == lb.ClusterIP {
 				c.frontends[addressVIP(f.VIP.Addr)] = maps.FrontendOf(0, lb.Address)
@@ -167,12 +184,16 @@ func expected(desired map[lb.ServiceName]lb.Service) string {
 		}
 		for _, b := range svc.Backends {
 			n := uint32(len(c.backends) + 1)
-			life := maps.BackendLife{State: maps.BackendDraining, Port: b.Addr.Port()}
+			life := maps.BackendLife{State: maps.BackendDraining}
 			if b.Cluster {
 				life.State = maps.BackendActive
 				c.slots[id] = append(c.slots[id], n)
 			}
-			c.backends[n] = maps.Backend{Address: b.Addr.Addr().As16(), Life: life, Service: id}
+			at := ownVIP(name, b.Addr)
+			c.backends[n] = maps.BackendOf(id, at, life)
+			if _, taken := c.frontends[at]; !taken {
+				c.frontends[at] = maps.FrontendOf(0, lb.Identity)
+			}
 		}
 		c.ranges[id] = maps.SlotRange{Count: uint32(len(c.slots[id]))}
 	}
@@ -185,7 +206,7 @@ func parse(text string) (map[lb.ServiceName]lb.Service, error) {
 	var name lb.ServiceName
 	for line := range strings.Lines(text) {
 		f := strings.Fields(line)
-		if len(f) == 0 || f[0] == "slots" || f[0] == "address" {
+		if len(f) == 0 || f[0] == "slots" || f[0] == "address" || f[0] == "identity" {
 			continue
 		}
 		svc := all[name]

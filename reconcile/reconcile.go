@@ -35,14 +35,20 @@ type Reconciler struct {
 	// What the maps say.
 	services   map[lb.ServiceName]*service
 	frontends  map[lb.VIP]frontend // all keys of the map, ADDRESS entries too
+	identities int                 // how many of them are backends' own addresses
 	clusterIPs map[netip.Addr]int  // how many frontends of kind ClusterIP an address has; never 0
-	former     map[endpoint]uint32 // REMOVED backends by what they were; all of them are free
+	backendsAt map[lb.VIP]int      // how many backends with an id are here; never 0
+	removed    map[uint32]uint64   // REMOVED backends: how many sweeps had begun before
+	former     map[endpoint]uint32 // the same by what they were
 	serviceIDs idQueue             // free
 	backendIDs idQueue             // free
 	slots      slotAllocator
+	sweeps     uint64 // begun so far
 
 	// What is still to be done. All of it stays until it is done, however many Applies that takes.
 	addresses map[netip.Addr]struct{} // whose ADDRESS entry may be wrong
+	unnamed   map[uint32]struct{}     // of removed, those that no flow names
+	direct    map[lb.VIP]struct{}     // that may be IDENTITY and should not, or the reverse
 	late      late
 	repairs   []func() error // of what no agent of ours leaves behind
 }
@@ -70,7 +76,7 @@ type service struct {
 }
 
 type frontend struct {
-	service *service // nil: an ADDRESS entry, or one that leads nowhere
+	service *service // nil: an ADDRESS or IDENTITY entry, or one that leads nowhere
 	kind    lb.Kind
 	kept    bool // restored from the maps, and not confirmed since by being desired
 }
@@ -78,24 +84,28 @@ type frontend struct {
 // endpoint is what a backend is, under whatever id.
 type endpoint struct {
 	service uint32
-	addr    netip.AddrPort
+	at      lb.VIP
 }
 
 // Stats are numbers of what is in the maps, and of what is still to be done.
 type Stats struct {
-	Services  int
-	Frontends int // with the entries that mark an address as a ClusterIP
-	Backends  int // active and draining ones, and those still to be removed
-	Pending   int // services and backends that are not yet as desired
+	Services   int
+	Frontends  int // with the entries that mark an address as a ClusterIP
+	Identities int // backends' own addresses that no service has for a frontend
+	Backends   int // active and draining ones, and those still to be removed
+	Removed    int // backends that are kept until no flow names them
+	Pending    int // services, backends and their own addresses that are not yet as desired
 }
 
 // Stats returns the numbers as of now, in constant time.
 func (r *Reconciler) Stats() Stats {
 	return Stats{
-		Services:  len(r.services),
-		Frontends: len(r.frontends),
-		Backends:  int(r.sizes.Backends) - 1 - r.backendIDs.length,
-		Pending:   len(r.dirty) + len(r.late.services) + len(r.late.bumps),
+		Services:   len(r.services),
+		Frontends:  len(r.frontends) - r.identities,
+		Identities: r.identities,
+		Backends:   int(r.sizes.Backends) - 1 - r.backendIDs.length - len(r.removed),
+		Removed:    len(r.removed),
+		Pending:    len(r.dirty) + len(r.direct) + len(r.unnamed) + len(r.late.services) + len(r.late.bumps),
 	}
 }
 
@@ -170,6 +180,42 @@ func (r *Reconciler) confirm(vip lb.VIP) {
 // Apply without hold nothing is left that could be held.
 func (r *Reconciler) Hold(hold bool) { r.hold = hold }
 
+// BeginSweep says that a walk of the flow tables begins. Until EndSweep no other may begin.
+func (r *Reconciler) BeginSweep() { r.sweeps++ }
+
+// EndSweep says that the walk is over, and which backends the living flows name that it has met. Of the others,
+// those that were removed before it began are named by none: the next Apply frees their ids. It returns how
+// many there are.
+func (r *Reconciler) EndSweep(named func(id uint32) bool) int {
+	for id, before := range r.removed {
+		if before < r.sweeps && !named(id) {
+			r.unnamed[id] = struct{}{}
+		}
+	}
+	return len(r.unnamed)
+}
+
+// freeBackends frees the ids of removed backends that no flow names.
+func (r *Reconciler) freeBackends() error {
+	var errs []error
+	for _, id := range sorted(r.unnamed, cmp.Compare[uint32]) {
+		b := r.maps.Backend(id)
+		b.Life.State = maps.BackendFree
+		if err := r.maps.SetBackendLife(id, b.Life); err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		delete(r.unnamed, id)
+		delete(r.removed, id)
+		if was := (endpoint{b.Service, b.VIP()}); r.former[was] == id {
+			delete(r.former, was)
+		}
+		r.unref(b.VIP())
+		r.backendIDs.push(id)
+	}
+	return errors.Join(errs...)
+}
+
 // release gives up what was restored and nobody desired.
 func (r *Reconciler) release() {
 	if !r.resumed {
@@ -221,7 +267,13 @@ func (r *Reconciler) wanted(name lb.ServiceName) ([]lb.Backend, bool) {
 //  4. Frontends are deleted, then the slots of services that nothing leads to any more are taken away.
 //  5. After a grace period nobody who begins a flow knows the old slots and frontends. Only now flows are
 //     told to look again, by the generation of their backend: one that began meanwhile by the old slots
-//     would get the new generation otherwise, and be valid for ever. Then ids and slots become free.
+//     would get the new generation otherwise, and be valid for ever. Then services' ids and slots become free.
+//  6. A removed backend keeps id and address, for its connections go on. A sweep that begins now and meets none
+//     frees them (BeginSweep), by the first writes of an Apply.
+//
+// A backend's own address is IDENTITY among the frontends while the backend has an id, unless a service has a
+// frontend there; from one to the other it goes by one overwrite. When it is written matters little: what a
+// client does meanwhile straight to the backend, without a flow, is what it always did.
 //
 // Whoever starts then finds services and backends that nothing leads to, which are removed like any other
 // that is not desired; New takes care of generations that a dying agent still had to raise.
@@ -232,7 +284,7 @@ func (r *Reconciler) Apply() error {
 	names := sorted(r.dirty, lb.ServiceName.Compare)
 	r.dirty = map[lb.ServiceName]struct{}{} // a map never shrinks, and this one held everything once
 
-	var errs []error
+	errs := []error{r.freeBackends()}
 	failed := func(name lb.ServiceName, err error) bool {
 		if err != nil {
 			r.dirty[name] = struct{}{}
@@ -241,6 +293,11 @@ func (r *Reconciler) Apply() error {
 		return err != nil
 	}
 	reserved := map[lb.VIP]struct{}{}
+	for vip := range r.direct { // what an earlier Apply could not write
+		if _, there := r.frontends[vip]; !there && r.backendsAt[vip] > 0 {
+			reserved[vip] = struct{}{}
+		}
+	}
 	names = slices.DeleteFunc(names, func(name lb.ServiceName) bool {
 		err := r.writeService(name, reserved)
 		if s := r.services[name]; err != nil && s != nil {
@@ -258,7 +315,7 @@ func (r *Reconciler) Apply() error {
 	for _, name := range names {
 		failed(name, r.endService(name))
 	}
-	errs = append(errs, r.finish())
+	errs = append(errs, r.finish(), r.fixIdentities())
 	return errors.Join(errs...)
 }
 
@@ -283,14 +340,20 @@ func (r *Reconciler) writeService(name lb.ServiceName, reserved map[lb.VIP]struc
 	}
 	created := 0
 	for _, b := range backends {
-		if _, ok := s.backends[b.Addr]; !ok {
+		_, there := s.backends[b.Addr]
+		_, kept := r.former[endpoint{s.id, ownVIP(name, b.Addr)}]
+		if !there && !kept {
 			created++
 		}
 	}
 	if free := r.backendIDs.length; created > free {
-		return fmt.Errorf("%d more backends, and %d of %d ids are free (--max-backends)", created, free, r.sizes.Backends-1)
+		kept := ""
+		if len(r.removed) > 0 {
+			kept = fmt.Sprintf(", %d are kept for connections to removed backends", len(r.removed))
+		}
+		return fmt.Errorf("%d more backends, and %d of %d ids are free%s (--max-backends)", created, free, r.sizes.Backends-1, kept)
 	}
-	keys := r.newKeys(name, reserved)
+	keys, own := r.newKeys(name, backends, reserved)
 	for _, vip := range keys {
 		reserved[vip] = struct{}{}
 	}
@@ -298,7 +361,8 @@ func (r *Reconciler) writeService(name lb.ServiceName, reserved map[lb.VIP]struc
 		for _, vip := range keys {
 			delete(reserved, vip)
 		}
-		return fmt.Errorf("%d more frontends, and %d of %d are free (--max-frontends)", len(keys), free+len(keys), r.sizes.Frontends)
+		return fmt.Errorf("%d more frontends and %d more addresses of backends, and %d of %d are free (--max-frontends)",
+			len(keys)-own, own, free+len(keys), r.sizes.Frontends)
 	}
 	table := balance.Table(backends)
 	var slots maps.SlotRange
@@ -333,9 +397,9 @@ func (r *Reconciler) writeService(name lb.ServiceName, reserved map[lb.VIP]struc
 	return nil
 }
 
-// newKeys returns the keys of frontends that a service needs, the map does not have, and nobody reserved.
-func (r *Reconciler) newKeys(name lb.ServiceName, reserved map[lb.VIP]struct{}) []lb.VIP {
-	var keys []lb.VIP
+// newKeys returns the keys of frontends that a service needs, the map does not have, and nobody reserved; `own`
+// of them are for addresses of its backends.
+func (r *Reconciler) newKeys(name lb.ServiceName, backends []lb.Backend, reserved map[lb.VIP]struct{}) (keys []lb.VIP, own int) {
 	need := func(vip lb.VIP) {
 		_, there := r.frontends[vip]
 		_, soon := reserved[vip]
@@ -352,7 +416,20 @@ func (r *Reconciler) newKeys(name lb.ServiceName, reserved map[lb.VIP]struct{}) 
 		}
 	}
 	slices.SortFunc(keys, lb.VIP.Compare)
-	return slices.Compact(keys)
+	keys = slices.Compact(keys)
+	for _, b := range backends {
+		if vip := ownVIP(name, b.Addr); r.backendsAt[vip] == 0 && !slices.Contains(keys, vip) {
+			before := len(keys)
+			need(vip)
+			own += len(keys) - before
+		}
+	}
+	return keys, own
+}
+
+// ownVIP is where a backend of a service is reached without the service.
+func ownVIP(name lb.ServiceName, addr netip.AddrPort) lb.VIP {
+	return lb.VIP{Addr: addr.Addr(), Port: addr.Port(), Protocol: name.Protocol}
 }
 
 // inForce tells whether the slots of a service are what a table says already.
@@ -387,24 +464,17 @@ func (r *Reconciler) writeBackends(s *service, backends []lb.Backend) error {
 	return nil
 }
 
-// addBackend gives a backend an id: the one that it had, if nobody got it since. In any case flows that name
-// the id look again, and find whether they belong here. Address and service are written while the backend is
-// REMOVED, so that no such flow is compared with half of them.
+// addBackend gives a backend an id: the one that it had, if that is kept. In any case flows that name the id look
+// again, and find whether they belong here. Address and service are written while the backend is FREE, so that no
+// flow that names it, as none should, is compared with half of them.
 func (r *Reconciler) addBackend(s *service, b lb.Backend) error {
-	is := endpoint{s.id, b.Addr}
-	id, ok := r.former[is]
-	if !ok {
+	is := endpoint{s.id, ownVIP(s.name, b.Addr)}
+	id, kept := r.former[is]
+	if !kept {
 		id = r.backendIDs.oldest()
-		before := r.maps.Backend(id)
-		life := before.Life
-		life.State, life.Port = maps.BackendRemoved, b.Addr.Port()
-		if err := r.maps.SetBackend(id, maps.Backend{Address: b.Addr.Addr().As16(), Life: life, Service: s.id}); err != nil {
+		if err := r.maps.SetBackend(id, maps.BackendOf(s.id, is.at, r.maps.Backend(id).Life)); err != nil {
 			return err
 		}
-		if was := (endpoint{before.Service, before.Addr()}); r.former[was] == id {
-			delete(r.former, was)
-		}
-		r.former[is] = id
 	}
 	life := r.maps.Backend(id).Life
 	life.Generation++
@@ -412,10 +482,36 @@ func (r *Reconciler) addBackend(s *service, b lb.Backend) error {
 	if err := r.maps.SetBackendLife(id, life); err != nil {
 		return err
 	}
-	delete(r.former, is)
-	r.backendIDs.remove(id)
+	if kept {
+		delete(r.former, is)
+		delete(r.removed, id)
+		delete(r.unnamed, id)
+	} else {
+		r.backendIDs.remove(id)
+		r.ref(is.at)
+	}
 	s.backends[b.Addr] = id
 	return nil
+}
+
+// ref notes that a backend here has an id, unref that it has one no more. Only damaged maps have one at the key
+// of an ADDRESS entry.
+func (r *Reconciler) ref(at lb.VIP) {
+	if at == addressVIP(at.Addr) {
+		return
+	}
+	r.backendsAt[at]++
+	r.direct[at] = struct{}{}
+}
+
+func (r *Reconciler) unref(at lb.VIP) {
+	if at == addressVIP(at.Addr) {
+		return
+	}
+	r.direct[at] = struct{}{}
+	if r.backendsAt[at]--; r.backendsAt[at] == 0 {
+		delete(r.backendsAt, at)
+	}
 }
 
 func stateOf(b lb.Backend) maps.BackendState {
@@ -542,7 +638,11 @@ func (r *Reconciler) putFrontend(vip lb.VIP, f frontend) error {
 	return nil
 }
 
+// deleteFrontend deletes a frontend, or overwrites it where it is a backend's own address too.
 func (r *Reconciler) deleteFrontend(vip lb.VIP) error {
+	if r.backendsAt[vip] > 0 {
+		return r.putFrontend(vip, frontend{kind: lb.Identity})
+	}
 	if err := r.maps.DeleteFrontend(maps.KeyOf(vip)); err != nil {
 		return err
 	}
@@ -553,6 +653,9 @@ func (r *Reconciler) deleteFrontend(vip lb.VIP) error {
 // remember notes a frontend that the map has now.
 func (r *Reconciler) remember(vip lb.VIP, f frontend) {
 	r.frontends[vip] = f
+	if f.kind == lb.Identity {
+		r.identities++
+	}
 	if f.service != nil {
 		f.service.frontends[vip] = struct{}{}
 		if f.kind == lb.ClusterIP {
@@ -566,6 +669,9 @@ func (r *Reconciler) remember(vip lb.VIP, f frontend) {
 func (r *Reconciler) forget(vip lb.VIP, now *service) {
 	f := r.frontends[vip]
 	delete(r.frontends, vip)
+	if f.kind == lb.Identity {
+		r.identities--
+	}
 	if f.service == nil {
 		return
 	}
@@ -601,6 +707,31 @@ func (r *Reconciler) fixAddresses() error {
 		}
 		if err == nil {
 			delete(r.addresses, addr)
+		}
+		errs = append(errs, err)
+	}
+	return errors.Join(errs...)
+}
+
+// fixIdentities makes those addresses of backends known as such that no service has a frontend at.
+func (r *Reconciler) fixIdentities() error {
+	var errs []error
+	for _, vip := range sorted(r.direct, lb.VIP.Compare) {
+		var err error
+		f, there := r.frontends[vip]
+		switch want := r.backendsAt[vip] > 0; {
+		case f.service != nil:
+		case want && f.kind != lb.Identity:
+			if !there && len(r.frontends) >= int(r.sizes.Frontends) {
+				err = fmt.Errorf("backend %s: all %d frontends are taken (--max-frontends)", vip, r.sizes.Frontends)
+			} else {
+				err = r.putFrontend(vip, frontend{kind: lb.Identity})
+			}
+		case !want && there:
+			err = r.deleteFrontend(vip)
+		}
+		if err == nil {
+			delete(r.direct, vip)
 		}
 		errs = append(errs, err)
 	}
@@ -707,7 +838,7 @@ func (r *Reconciler) settle(s *service) error {
 	return nil
 }
 
-// removeBackend makes the flows of a backend look again and not find it, and frees its id.
+// removeBackend makes the flows of a backend look again and not find it. Its id is kept until none names it.
 func (r *Reconciler) removeBackend(id uint32) error {
 	b := r.maps.Backend(id)
 	b.Life.Generation++
@@ -716,9 +847,14 @@ func (r *Reconciler) removeBackend(id uint32) error {
 		return err
 	}
 	delete(r.late.bumps, id)
-	r.former[endpoint{b.Service, b.Addr()}] = id
-	r.backendIDs.push(id)
+	r.keep(id, b)
 	return nil
+}
+
+// keep notes a REMOVED backend.
+func (r *Reconciler) keep(id uint32, b maps.Backend) {
+	r.removed[id] = r.sweeps
+	r.former[endpoint{b.Service, b.VIP()}] = id
 }
 
 // sorted returns the keys of a map in order, so that the same changes are the same writes.

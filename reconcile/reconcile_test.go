@@ -5,6 +5,7 @@ package reconcile
 import (
 	"fmt"
 	"log/slog"
+	maps2 "maps"
 	"math/rand/v2"
 	"net/netip"
 	"slices"
@@ -44,8 +45,18 @@ func (g *rig) mustApply(t testing.TB) {
 	}
 }
 
+// sweep is a whole sweep that meets no flow, and what follows from it.
+func (g *rig) sweep(t testing.TB) {
+	t.Helper()
+	g.r.BeginSweep()
+	g.r.EndSweep(func(uint32) bool { return false })
+	g.mustApply(t)
+}
+
+// wantDump compares the maps, once no flow holds a removed backend, with what is desired.
 func (g *rig) wantDump(t testing.TB, desired map[lb.ServiceName]lb.Service) {
 	t.Helper()
+	g.sweep(t)
 	if diff := cmp.Diff(expected(desired), g.dump()); diff != "" {
 		t.Errorf("the maps are not what is desired (-desired +maps):\n%s", diff)
 	}
@@ -160,6 +171,7 @@ func TestFailsAtAnyWrite(t *testing.T) {
 			return nil
 		}
 		failed = g.apply() != nil
+		g.fault = nil
 		if failed != (left < 0) {
 			t.Fatalf("write %d failed and Apply did not say so", at)
 		}
@@ -217,11 +229,11 @@ func TestNothingEndsBeforeTheGracePeriod(t *testing.T) {
 	}
 	g.fault = nil
 	g.mustApply(t)
-	g.wantDump(t, desired)
 	is, err := read(g.m)
 	if err != nil {
 		t.Fatal(err)
 	}
+	g.wantDump(t, desired)
 	for id, b := range was.backends {
 		raised := is.backends[id].Life.Generation > b.Life.Generation
 		// Only api lost nothing; 10.0.1.* lost a frontend, 10.0.2.* their service.
@@ -241,6 +253,7 @@ func TestReuseOfBackendIDs(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
+		g.sweep(t)
 		for id, b := range c.backends {
 			if b.Life.State != maps.BackendActive {
 				continue
@@ -277,28 +290,45 @@ func TestDamagedMaps(t *testing.T) {
 	}
 	backend := func(service uint32, addr string, state maps.BackendState) maps.Backend {
 		a := netip.MustParseAddrPort(addr)
-		return maps.Backend{Address: a.Addr().As16(), Service: service, Life: maps.BackendLife{Generation: 7, State: state, Port: a.Port()}}
+		return maps.BackendOf(service, lb.VIP{Addr: a.Addr(), Port: a.Port(), Protocol: lb.TCP}, maps.BackendLife{Generation: 7, State: state})
 	}
 	address := func(a string) maps.FrontendKey { return maps.KeyOf(addressVIP(netip.MustParseAddr(a))) }
 	for what, damage := range map[string]func(g *rig) error{
-		"a backend of a nameless service":       func(g *rig) error { return g.m.SetBackend(20, backend(9, "10.9.9.9:1", maps.BackendActive)) },
-		"a backend of no service":               func(g *rig) error { return g.m.SetBackend(20, backend(0, "10.9.9.9:1", maps.BackendDraining)) },
-		"a backend of a service out of range":   func(g *rig) error { return g.m.SetBackend(20, backend(1<<30, "10.9.9.9:1", maps.BackendActive)) },
-		"a backend in an unknown state":         func(g *rig) error { return g.m.SetBackend(20, backend(1, "10.9.9.9:1", 99)) },
-		"a backend twice":                       func(g *rig) error { return g.m.SetBackend(20, backend(1, "10.0.3.1:6443", maps.BackendActive)) },
-		"a name without slots":                  func(g *rig) error { return name(g, 9, "default/other/TCP") },
-		"a name twice":                          func(g *rig) error { return name(g, 9, "default/web:http/TCP") },
-		"a name out of range":                   func(g *rig) error { return name(g, 1<<20, "default/web:http/TCP") },
-		"a lost name":                           func(g *rig) error { return g.m.DeleteServiceName(1) },
-		"a frontend of a nameless service":      func(g *rig) error { return g.m.SetFrontend(vip("10.9.9.9:1/TCP"), maps.FrontendOf(9, lb.External)) },
-		"a frontend of no service":              func(g *rig) error { return g.m.SetFrontend(vip("10.9.9.9:1/TCP"), maps.FrontendOf(0, lb.ClusterIP)) },
-		"a frontend of a service out of range":  func(g *rig) error { return g.m.SetFrontend(vip("10.9.9.9:1/TCP"), maps.FrontendOf(1<<30, lb.External)) },
-		"a desired frontend that leads nowhere": func(g *rig) error { return g.m.SetFrontend(vip("10.96.0.1:443/TCP"), maps.FrontendOf(0, lb.ClusterIP)) },
-		"an address of no frontend":             func(g *rig) error { return g.m.SetFrontend(address("10.9.9.9"), maps.FrontendOf(0, lb.Address)) },
-		"an address of another kind":            func(g *rig) error { return g.m.SetFrontend(address("10.96.0.1"), maps.FrontendOf(1, lb.External)) },
-		"a lost address":                        func(g *rig) error { return g.m.DeleteFrontend(address("10.96.0.1")) },
-		"overlapping slots":                     func(g *rig) error { return g.m.SetServiceCluster(1, g.m.Service(3).Cluster) },
-		"slots out of range":                    func(g *rig) error { return g.m.SetServiceCluster(1, maps.SlotRange{First: 60, Count: 8}) },
+		"a backend of a nameless service":     func(g *rig) error { return g.m.SetBackend(20, backend(9, "10.9.9.9:1", maps.BackendActive)) },
+		"a backend of no service":             func(g *rig) error { return g.m.SetBackend(20, backend(0, "10.9.9.9:1", maps.BackendDraining)) },
+		"a backend of a service out of range": func(g *rig) error { return g.m.SetBackend(20, backend(1<<30, "10.9.9.9:1", maps.BackendActive)) },
+		"a backend in an unknown state":       func(g *rig) error { return g.m.SetBackend(20, backend(1, "10.9.9.9:1", 99)) },
+		"a backend twice":                     func(g *rig) error { return g.m.SetBackend(20, backend(1, "10.0.3.1:6443", maps.BackendActive)) },
+		"a backend of another protocol": func(g *rig) error {
+			b := g.m.Backend(1)
+			b.Protocol = maps.KeyOf(lb.VIP{Addr: b.Addr().Addr(), Protocol: lb.UDP}).Protocol
+			return g.m.SetBackend(1, b)
+		},
+		"a backend without a port": func(g *rig) error {
+			return g.m.SetBackend(20, maps.Backend{Address: g.m.Backend(1).Address, Life: maps.BackendLife{State: maps.BackendActive}})
+		},
+		"an identity of no backend":              func(g *rig) error { return g.m.SetFrontend(vip("10.9.9.9:1/TCP"), maps.FrontendOf(0, lb.Identity)) },
+		"an identity of a service":               func(g *rig) error { return g.m.SetFrontend(vip("10.0.3.1:6443/TCP"), maps.FrontendOf(1, lb.Identity)) },
+		"an identity in the place of a frontend": func(g *rig) error { return g.m.SetFrontend(vip("10.96.0.1:443/TCP"), maps.FrontendOf(0, lb.Identity)) },
+		"a frontend with the tag of another": func(g *rig) error {
+			k := vip("10.96.0.1:443/TCP")
+			return g.m.All()["frontends"].Put(k, maps.FrontendOf(1, lb.ClusterIP))
+		},
+		"a lost identity":                        func(g *rig) error { return g.m.DeleteFrontend(vip("10.0.3.1:6443/TCP")) },
+		"a backend's address that leads nowhere": func(g *rig) error { return g.m.SetFrontend(vip("10.0.3.1:6443/TCP"), maps.FrontendOf(0, lb.ClusterIP)) },
+		"a name without slots":                   func(g *rig) error { return name(g, 9, "default/other/TCP") },
+		"a name twice":                           func(g *rig) error { return name(g, 9, "default/web:http/TCP") },
+		"a name out of range":                    func(g *rig) error { return name(g, 1<<20, "default/web:http/TCP") },
+		"a lost name":                            func(g *rig) error { return g.m.DeleteServiceName(1) },
+		"a frontend of a nameless service":       func(g *rig) error { return g.m.SetFrontend(vip("10.9.9.9:1/TCP"), maps.FrontendOf(9, lb.External)) },
+		"a frontend of no service":               func(g *rig) error { return g.m.SetFrontend(vip("10.9.9.9:1/TCP"), maps.FrontendOf(0, lb.ClusterIP)) },
+		"a frontend of a service out of range":   func(g *rig) error { return g.m.SetFrontend(vip("10.9.9.9:1/TCP"), maps.FrontendOf(1<<30, lb.External)) },
+		"a desired frontend that leads nowhere":  func(g *rig) error { return g.m.SetFrontend(vip("10.96.0.1:443/TCP"), maps.FrontendOf(0, lb.ClusterIP)) },
+		"an address of no frontend":              func(g *rig) error { return g.m.SetFrontend(address("10.9.9.9"), maps.FrontendOf(0, lb.Address)) },
+		"an address of another kind":             func(g *rig) error { return g.m.SetFrontend(address("10.96.0.1"), maps.FrontendOf(1, lb.External)) },
+		"a lost address":                         func(g *rig) error { return g.m.DeleteFrontend(address("10.96.0.1")) },
+		"overlapping slots":                      func(g *rig) error { return g.m.SetServiceCluster(1, g.m.Service(3).Cluster) },
+		"slots out of range":                     func(g *rig) error { return g.m.SetServiceCluster(1, maps.SlotRange{First: 60, Count: 8}) },
 		"slots far out of range": func(g *rig) error {
 			return g.m.SetServiceCluster(1, maps.SlotRange{First: 1<<32 - 1, Count: 1<<32 - 1})
 		},
@@ -358,12 +388,14 @@ func TestRandom(t *testing.T) {
 				return nil
 			}
 			var kept held
+			flows := fakeFlows{}
 			restart := func(hold bool) {
 				g.hold = hold
 				if err := g.restart(); err != nil {
 					t.Fatal(err)
 				}
 				kept = heldOf(t, g)
+				flows.sweeping = nil
 			}
 			desired := map[lb.ServiceName]lb.Service{}
 			for range steps {
@@ -397,12 +429,14 @@ func TestRandom(t *testing.T) {
 					}()
 					return g.apply()
 				}()
+				flows.check(t, g)
+				flows.step(rnd, g)
 				if g.hold {
 					kept.check(t, g)
 				} else {
 					kept = held{}
 				}
-				if err == nil && !failing && !g.hold {
+				if err == nil && !failing && !g.hold && len(flows.of) == 0 && flows.sweeping == nil {
 					g.wantDump(t, told)
 				}
 				if t.Failed() {
@@ -413,6 +447,7 @@ func TestRandom(t *testing.T) {
 			g.setHold(false)
 			g.desire(desired)
 			g.mustApply(t)
+			flows.check(t, g)
 			g.wantDump(t, desired)
 			if p := g.r.Stats(); p.Pending != 0 || p.Services != len(desired) {
 				t.Errorf("in the end: %+v", p)
@@ -451,6 +486,10 @@ func TestRandomFull(t *testing.T) {
 			if err := g.apply(); err != nil && strings.Contains(err.Error(), "(--max-") {
 				full++
 			}
+			if rnd.IntN(2) == 0 {
+				g.r.BeginSweep()
+				g.r.EndSweep(func(uint32) bool { return false })
+			}
 		}
 		failing = false
 		g.desire(nil)
@@ -474,6 +513,61 @@ func testFits(t *testing.T, sizes maps.Sizes, desired map[lb.ServiceName]lb.Serv
 	fresh := testRig(t, sizes)
 	fresh.desire(desired)
 	return fresh.apply() == nil
+}
+
+// fakeFlows are flows of backends that were active once.
+type fakeFlows struct {
+	of       map[uint32]maps.Backend
+	sweeping map[uint32]bool // what a sweep that has begun will meet; nil: none has
+}
+
+// step ends some flows and begins others, and sweeps.
+func (f *fakeFlows) step(rnd *rand.Rand, g *rig) {
+	before := maps2.Clone(f.of)
+	f.of = map[uint32]maps.Backend{}
+	if rnd.IntN(4) > 0 {
+		for id, b := range before {
+			if rnd.IntN(3) > 0 {
+				f.of[id] = b
+			}
+		}
+		for id, b := range g.m.EachBackend() {
+			if b.Life.State == maps.BackendActive && rnd.IntN(4) == 0 {
+				f.of[id] = b
+			}
+		}
+	}
+	switch {
+	case rnd.IntN(2) == 0:
+	case f.sweeping == nil:
+		g.r.BeginSweep()
+		f.sweeping = map[uint32]bool{}
+		for id := range f.of {
+			f.sweeping[id] = true
+		}
+	default:
+		// Flows that began meanwhile may have been missed.
+		g.r.EndSweep(func(id uint32) bool { return f.sweeping[id] })
+		f.sweeping = nil
+	}
+}
+
+// check: a backend with a flow keeps its id, its address and its identity.
+func (f *fakeFlows) check(t *testing.T, g *rig) {
+	t.Helper()
+	c, err := read(g.m)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for id, was := range f.of {
+		is, there := c.backends[id]
+		if !there || is.VIP() != was.VIP() {
+			t.Errorf("backend %d was %s, and is %s, there %v, though a flow names it", id, was.VIP(), is.VIP(), there)
+		}
+		if _, there := c.frontends[is.VIP()]; !there && is.Life.State == maps.BackendRemoved {
+			t.Errorf("backend %d, %s, has a flow and no identity", id, is.VIP())
+		}
+	}
 }
 
 // held is what a restart found, and must stay while it is held.
@@ -582,6 +676,12 @@ func randomService(rnd *rand.Rand, name lb.ServiceName) lb.Service {
 			})
 		}
 	}
+	// A frontend where backends are, as a hostPort of a pod of the host's own network has.
+	if rnd.IntN(3) == 0 {
+		addr := netip.AddrFrom4([4]byte{10, 0, '0' + byte(rnd.IntN(6)), byte(rnd.IntN(5))})
+		svc.Frontends = append(svc.Frontends, lb.Frontend{VIP: lb.VIP{Addr: addr, Port: 80, Protocol: lb.TCP}, Kind: lb.HostPort})
+		slices.SortFunc(svc.Frontends, func(a, b lb.Frontend) int { return a.VIP.Compare(b.VIP) })
+	}
 	for i := range 5 {
 		if rnd.IntN(2) == 0 {
 			svc.Backends = append(svc.Backends, lb.Backend{
@@ -601,8 +701,8 @@ func TestUnaffectedServicesAreNotWritten(t *testing.T) {
 	desired := mustParse(t, strings.Replace(before, "backend 10.0.3.1:6443 active", "backend 10.0.3.2:6443 active", 1))
 	g.desire(desired)
 	g.mustApply(t)
-	// the new backend (address, then life), its slot, the switch, the end of the old one
-	if want := []string{"backends", "backends", "slots", "services", "grace", "backends"}; !slices.Equal(g.trace, want) {
+	// the new backend (address, then life), its slot, the switch, the end of the old one, the new one's identity
+	if want := []string{"backends", "backends", "slots", "services", "grace", "backends", "frontends"}; !slices.Equal(g.trace, want) {
 		t.Errorf("writes %q, want %q", g.trace, want)
 	}
 	g.r.Set(desired, []lb.ServiceName{{Name: "never there"}})
@@ -621,11 +721,15 @@ func TestStats(t *testing.T) {
 		t.Errorf("before Apply %+v, want %+v", got, want)
 	}
 	g.mustApply(t)
-	if got, want := g.r.Stats(), (Stats{Services: 3, Frontends: 9, Backends: 6}); got != want {
+	if got, want := g.r.Stats(), (Stats{Services: 3, Frontends: 9, Identities: 6, Backends: 6}); got != want {
 		t.Errorf("after Apply %+v, want %+v", got, want)
 	}
 	g.desire(nil)
 	g.mustApply(t)
+	if got, want := g.r.Stats(), (Stats{Identities: 6, Removed: 6}); got != want {
+		t.Errorf("nothing desired %+v, want %+v", got, want)
+	}
+	g.sweep(t)
 	if got, want := g.r.Stats(), (Stats{}); got != want {
 		t.Errorf("in the end %+v, want %+v", got, want)
 	}
@@ -640,7 +744,9 @@ func TestNameTooLong(t *testing.T) {
 	if err == nil || !strings.Contains(err.Error(), "longer than 63 bytes") {
 		t.Errorf("error %v", err)
 	}
-	g.wantDump(t, mustParse(t, before))
+	if diff := cmp.Diff(expected(mustParse(t, before)), g.dump()); diff != "" {
+		t.Errorf("the rest is not what is desired (-desired +maps):\n%s", diff)
+	}
 }
 
 func TestSlotAllocator(t *testing.T) {

@@ -32,12 +32,16 @@ func New(m *maps.Maps, log *slog.Logger) (*Reconciler, error) {
 		services:   map[lb.ServiceName]*service{},
 		frontends:  map[lb.VIP]frontend{},
 		clusterIPs: map[netip.Addr]int{},
+		backendsAt: map[lb.VIP]int{},
+		removed:    map[uint32]uint64{},
 		former:     map[endpoint]uint32{},
 		serviceIDs: newIDQueue(sizes.Services),
 		backendIDs: newIDQueue(sizes.Backends),
 		slots:      newSlotAllocator(sizes.Slots),
 
 		addresses: map[netip.Addr]struct{}{},
+		unnamed:   map[uint32]struct{}{},
+		direct:    map[lb.VIP]struct{}{},
 		late:      late{services: map[*service]struct{}{}, bumps: map[uint32]struct{}{}},
 	}
 	found := restored{Reconciler: r, log: log, byID: make([]*service, sizes.Services)}
@@ -106,10 +110,8 @@ func (r *restored) service(id uint32) *service {
 // unnamed is a name that no Service has.
 func unnamed(id uint32) lb.ServiceName { return lb.ServiceName{Name: fmt.Sprintf("(id %d)", id)} }
 
-// readBackends restores ids, generations and states. Those that were never used are handed out before those that
-// flows may still name.
+// readBackends restores ids, generations and states. Which removed ones flows still name the next sweep tells.
 func (r *restored) readBackends() {
-	var removed []uint32
 	for id := uint32(1); id < r.sizes.Backends; id++ {
 		b := r.maps.Backend(id)
 		var s *service
@@ -118,12 +120,14 @@ func (r *restored) readBackends() {
 			r.backendIDs.push(id)
 			continue
 		case maps.BackendRemoved:
-			removed = append(removed, id)
+			r.ref(b.VIP())
+			r.keep(id, b)
 			continue
 		case maps.BackendActive, maps.BackendDraining:
 			s = r.service(b.Service)
 		}
-		if s != nil && s.backends[b.Addr()] == 0 {
+		r.ref(b.VIP())
+		if s != nil && s.backends[b.Addr()] == 0 && (b.VIP().Protocol == s.name.Protocol || !s.named) {
 			s.backends[b.Addr()] = id
 			s.keptBackends[b.Addr()] = false // readRanges tells
 			// The agent that wrote it may have died between the removal of a frontend and the end of
@@ -134,23 +138,33 @@ func (r *restored) readBackends() {
 		r.log.Warn("a backend belongs nowhere", "id", id, "service", b.Service, "address", b.Addr())
 		r.repairs = append(r.repairs, func() error { return r.removeBackend(id) })
 	}
-	for _, id := range removed {
-		b := r.maps.Backend(id)
-		r.backendIDs.push(id)
-		r.former[endpoint{b.Service, b.Addr()}] = id
-	}
 }
 
 func (r *restored) readFrontends() error {
 	return r.maps.EachFrontend(func(k maps.FrontendKey, f maps.Frontend) bool {
 		vip := k.VIP()
 		kind := lb.Kind(f.Kind)
+		if f.KeyTag != k.Tag() {
+			r.log.Warn("a frontend has the tag of another", "frontend", vip)
+			r.repairs = append(r.repairs, func() error {
+				f, there := r.frontends[vip]
+				if !there {
+					return nil
+				}
+				return r.putFrontend(vip, f)
+			})
+		}
 		if vip == addressVIP(vip.Addr) {
 			r.remember(vip, frontend{kind: kind})
 			r.addresses[vip.Addr] = struct{}{}
 			return true
 		}
-		if s := r.service(f.Service); s != nil {
+		if kind == lb.Identity && f.Service == 0 {
+			r.remember(vip, frontend{kind: kind})
+			r.direct[vip] = struct{}{}
+			return true
+		}
+		if s := r.service(f.Service); s != nil && kind != lb.Identity {
 			r.remember(vip, frontend{service: s, kind: kind, kept: true})
 			if kind == lb.ClusterIP {
 				r.addresses[vip.Addr] = struct{}{}
@@ -158,13 +172,8 @@ func (r *restored) readFrontends() error {
 			return true
 		}
 		r.log.Warn("a frontend leads nowhere", "frontend", vip, "service", f.Service)
-		r.remember(vip, frontend{kind: kind})
-		r.repairs = append(r.repairs, func() error {
-			if r.frontends[vip].service != nil {
-				return nil // it has become someone's
-			}
-			return r.deleteFrontend(vip)
-		})
+		r.remember(vip, frontend{})
+		r.direct[vip] = struct{}{} // which deletes what is nobody's
 		return true
 	})
 }

@@ -146,6 +146,8 @@ func (g *rig) dump() string {
 //	fail MAP...        fail all writes to these maps; grace too
 //	apply              apply, and print which maps were written to
 //	restart            another agent on the same maps, to which nothing is desired yet
+//	sweep-begin        a walk of the flow tables begins
+//	sweep-end ID...    it is over, and has met flows of the backends with these ids
 //	dump               print what the maps say
 //	ids                print ids, states and generations of all backends
 func TestScripts(t *testing.T) {
@@ -206,6 +208,16 @@ func TestScripts(t *testing.T) {
 				if neg != (err != nil) {
 					ts.Fatalf("apply: %v", err)
 				}
+			},
+			"sweep-begin": func(ts *testscript.TestScript, _ bool, _ []string) { rigOf(ts).r.BeginSweep() },
+			"sweep-end": func(ts *testscript.TestScript, _ bool, args []string) {
+				named := map[uint32]bool{}
+				for _, arg := range args {
+					id, err := strconv.ParseUint(arg, 10, 32)
+					ts.Check(err)
+					named[uint32(id)] = true
+				}
+				rigOf(ts).r.EndSweep(func(id uint32) bool { return named[id] })
 			},
 			"restart": func(ts *testscript.TestScript, _ bool, _ []string) { ts.Check(rigOf(ts).restart()) },
 			"dump":    func(ts *testscript.TestScript, _ bool, _ []string) { fmt.Fprint(ts.Stdout(), rigOf(ts).dump()) },

@@ -62,7 +62,7 @@ func newBackendList(p *places) *cobra.Command {
 	return cmd
 }
 
-// readBackends returns every backend that was ever used, by service, address and id; removed ones last.
+// readBackends returns every backend that has an id, by service, address and id; removed ones last.
 func readBackends(m *maps.Maps) ([]listedBackend, error) {
 	names, err := readNames(m)
 	if err != nil {

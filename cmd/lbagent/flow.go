@@ -95,7 +95,9 @@ func readFlows(m *maps.Maps, timeouts loader.Timeouts, direct bool) ([]flow, err
 	}
 	services := map[lb.VIP]uint32{}
 	err = m.EachFrontend(func(k maps.FrontendKey, f maps.Frontend) bool {
-		services[k.VIP()] = f.Service
+		if lb.Kind(f.Kind) != lb.Identity { // which is no service's
+			services[k.VIP()] = f.Service
+		}
 		return true
 	})
 	if err != nil {
@@ -126,7 +128,11 @@ func readFlows(m *maps.Maps, timeouts loader.Timeouts, direct bool) ([]flow, err
 		if !direct && half.To == t {
 			continue
 		}
-		state, timeout := phase(half.State, half.assured, lb.Protocol(t.Protocol), timeouts)
+		in := maps.Pending
+		if half.assured {
+			in = maps.Flows
+		}
+		state, timeout := timeouts.Phase(half.State, uint8(t.Protocol), in)
 		age := max(0, time.Duration(now-half.LastSeenNs))
 		if age > timeout {
 			continue
@@ -154,28 +160,6 @@ func readFlows(m *maps.Maps, timeouts loader.Timeouts, direct bool) ([]flow, err
 		return cmp.Or(a.Client.Compare(b.Client), a.VIP.Compare(b.VIP), cmp.Compare(a.Protocol, b.Protocol))
 	})
 	return flows, nil
-}
-
-// phase says in which phase a flow is, and after which age it is absent; flow_timeout_ns of bpf/flow.h is
-// the programs' own word on it.
-func phase(state uint8, assured bool, protocol lb.Protocol, t loader.Timeouts) (string, time.Duration) {
-	const closed = maps.FlowClientRST | maps.FlowBackendRST | maps.FlowMoved
-	const fins = maps.FlowClientFIN | maps.FlowBackendFIN
-	switch {
-	case state&closed != 0:
-		return "reset", t.Reset
-	case protocol == lb.UDP && assured:
-		return "assured", t.UDP
-	case protocol == lb.UDP:
-		return "pending", t.UDPPending
-	case state&fins == fins:
-		return "closed", t.TCPClosed
-	case !assured:
-		return "pending", t.TCPPending
-	case state != 0:
-		return "half-closed", t.TCPHalfClosed
-	}
-	return "established", t.TCPEstablished
 }
 
 // inverse is the tuple of a packet's answer.

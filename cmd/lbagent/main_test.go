@@ -24,7 +24,6 @@ import (
 
 	"github.com/lbagent/lbagent/internal/testenv"
 	"github.com/lbagent/lbagent/lb"
-	"github.com/lbagent/lbagent/loader"
 	"github.com/lbagent/lbagent/maps"
 )
 
@@ -203,37 +202,6 @@ func TestFlowKeys(t *testing.T) {
 		`"state":"pending","ageSeconds":1.5,"forward":{"packets":1,"bytes":2},"reply":{"packets":3,"bytes":4}}`
 	if diff := cmp.Diff(want, string(got)); diff != "" {
 		t.Error(diff)
-	}
-}
-
-// TestPhase holds what flow_timeout_ns of bpf/flow.h says, a row to a line of it.
-func TestPhase(t *testing.T) {
-	timeouts := loader.DefaultTimeouts()
-	both := maps.FlowClientFIN | maps.FlowBackendFIN
-	for _, c := range []struct {
-		state    uint8
-		assured  bool
-		protocol lb.Protocol
-		want     string
-		timeout  time.Duration
-	}{
-		{0, false, lb.TCP, "pending", timeouts.TCPPending},
-		{0, true, lb.TCP, "established", timeouts.TCPEstablished},
-		{maps.FlowClientFIN, true, lb.TCP, "half-closed", timeouts.TCPHalfClosed},
-		{maps.FlowBackendFIN, true, lb.TCP, "half-closed", timeouts.TCPHalfClosed},
-		{maps.FlowRSTAhead, true, lb.TCP, "half-closed", timeouts.TCPHalfClosed},
-		{maps.FlowClientFIN, false, lb.TCP, "pending", timeouts.TCPPending},
-		{both, true, lb.TCP, "closed", timeouts.TCPClosed},
-		{both, false, lb.TCP, "closed", timeouts.TCPClosed},
-		{both | maps.FlowClientRST, true, lb.TCP, "reset", timeouts.Reset},
-		{maps.FlowBackendRST, false, lb.TCP, "reset", timeouts.Reset},
-		{0, false, lb.UDP, "pending", timeouts.UDPPending},
-		{0, true, lb.UDP, "assured", timeouts.UDP},
-		{maps.FlowMoved, true, lb.UDP, "reset", timeouts.Reset},
-	} {
-		if state, timeout := phase(c.state, c.assured, c.protocol, timeouts); state != c.want || timeout != c.timeout {
-			t.Errorf("%s in state %d: %s, %v; want %s, %v", c.protocol, c.state, state, timeout, c.want, c.timeout)
-		}
 	}
 }
 

@@ -76,9 +76,10 @@ func showStatus(w io.Writer, s api.Status, now time.Time) {
 		section("Devices without programs", rows, "")
 	}
 
-	rows = [][]string{{"MAP", "ENTRIES", "OF"}}
+	rows = [][]string{{"MAP", "ENTRIES", "OF", "FULL"}}
 	for _, m := range s.Maps {
-		rows = append(rows, []string{m.Name, fmt.Sprint(m.Entries), fmt.Sprint(m.MaxEntries)})
+		full := fmt.Sprintf("%d%%", 100*m.Entries/int(max(m.MaxEntries, 1)))
+		rows = append(rows, []string{m.Name, fmt.Sprint(m.Entries), fmt.Sprint(m.MaxEntries), full})
 	}
 	section("Maps", rows, "none")
 
