@@ -3,7 +3,6 @@
 package loader_test
 
 import (
-	"fmt"
 	"net/netip"
 	"runtime"
 	"sync"
@@ -520,5 +519,5 @@ func TestEndpointsFlip(t *testing.T) {
 	if rate < 10000 {
 		t.Errorf("%.0f flips a second are too few to prove anything", rate)
 	}
-	t.Log(fmt.Sprintf("%d packets, %.0f flips a second", packets, rate))
+	t.Logf("%d packets, %.0f flips a second", packets, rate)
 }
