@@ -88,7 +88,7 @@ func newSite(t *testing.T) *site {
 		Manifests: filepath.Join(work, "manifests"), NodeName: "node",
 		BPFRoot: filepath.Join(bpffs, "lbagent"), Socket: filepath.Join(work, "run", "lbagent.sock"),
 		Sizes:         maps.Sizes{Frontends: 64, Services: 16, Slots: 1024, Backends: 64, Flows: 1024},
-		SweepInterval: 100 * time.Millisecond,
+		SweepInterval: time.Hour, // expired entries stay where a test has put them
 	}
 	for _, dir := range []string{bpffs, s.config.Manifests} {
 		if err := os.Mkdir(dir, 0o700); err != nil {
@@ -516,6 +516,7 @@ func TestDevices(t *testing.T) {
 func TestFull(t *testing.T) {
 	s := newSite(t)
 	s.config.Sizes.Backends = 8 // the first is none
+	s.config.SweepInterval = 100 * time.Millisecond
 	s.write("web.yaml", s.manifest("web", 10, 3))
 	agent := s.start(s.config)
 	s.settled(6)

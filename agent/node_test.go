@@ -535,6 +535,10 @@ func TestRemovedBackendKept(t *testing.T) {
 		}
 	}
 	s := newTalk(t, with(0))
+	s.last.terminate()
+	s.config.SweepInterval = 100 * time.Millisecond
+	s.start(s.config)
+	s.inForce(with(0)(s))
 	gone, passing := s.Backends[0], s.Backends[2]
 	var connections []*testenv.EchoConn
 	for _, family := range []int{4, 6} {

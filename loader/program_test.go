@@ -1562,6 +1562,85 @@ func TestSweepBusy(t *testing.T) {
 	}
 }
 
+// TestSweepBesideTraffic: flows expire all the time and are swept while packets begin them anew. Each packet is
+// translated as ever, but for those that meet a busy lock, and no lock stays held.
+func TestSweepBesideTraffic(t *testing.T) {
+	r := newRig(t)
+	const short = time.Millisecond // less than a tick of the clock
+	l, err := loader.Load(r.maps, loader.Config{Timeouts: loader.Timeouts{
+		TCPPending: short, TCPEstablished: short, TCPHalfClosed: short, TCPClosed: short, Reset: short, UDPPending: short, UDP: short,
+	}})
+	r.must(err)
+	defer l.Close()
+	r.programs = l.Programs()
+	f := families[0]
+	r.service(f)
+	before, err := r.maps.Reasons()
+	r.must(err)
+
+	var sweeper sync.WaitGroup
+	done := make(chan struct{})
+	swept := 0
+	sweeper.Go(func() {
+		onCPU(t, 1)
+		for {
+			select {
+			case <-done:
+				return
+			default:
+			}
+			for _, in := range []maps.Table{maps.Pending, maps.Flows} {
+				var keys []maps.Tuple
+				err := r.maps.EachHalf(in, func(k maps.Tuple, _ maps.Flow) bool {
+					keys = append(keys, k)
+					return true
+				})
+				n, sweepErr := l.Sweep(in, keys)
+				if err := errors.Join(err, sweepErr); err != nil {
+					t.Error(err)
+					return
+				}
+				swept += n
+			}
+		}
+	})
+	const clients, packets = 8, 30000
+	var up, want [clients][]byte
+	for i := range uint16(clients) {
+		p := testenv.DatagramUDP(netip.AddrPortFrom(f.client.Addr(), 30000+i), f.vip, "x")
+		up[i] = p.Bytes()
+		p.Destination = f.backend
+		want[i] = p.Bytes()
+	}
+	dropped := uint64(0)
+	for i := range packets {
+		verdict, out := r.runOnly("node_in", up[i%clients])
+		if verdict == drop {
+			dropped++
+		} else if !bytes.Equal(out, want[i%clients]) {
+			t.Errorf("packet %d became %s", i, testenv.Describe(out))
+			break
+		}
+	}
+	close(done)
+	sweeper.Wait()
+	after, err := r.maps.Reasons()
+	r.must(err)
+	if busy := after["lock_busy"] - before["lock_busy"]; busy != dropped || busy > packets/100 {
+		t.Errorf("%d packets dropped, %d of them at busy locks", dropped, busy)
+	}
+	if swept < clients {
+		t.Errorf("only %d entries were swept", swept)
+	}
+	locks := r.maps.All()["flow_locks"]
+	for i := range locks.MaxEntries() {
+		var value uint32
+		if r.must(locks.Lookup(i, &value)); value != 0 {
+			t.Errorf("lock %d is held", i)
+		}
+	}
+}
+
 // TestPhase holds what flow_timeout_ns of bpf/flow.h says, a row to a line of it.
 func TestPhase(t *testing.T) {
 	timeouts := loader.DefaultTimeouts()

@@ -357,7 +357,7 @@ func (r *Reconciler) writeService(name lb.ServiceName, reserved map[lb.VIP]struc
 	for _, vip := range keys {
 		reserved[vip] = struct{}{}
 	}
-	if free := int(r.sizes.Frontends) - len(r.frontends) - len(reserved); free < 0 {
+	if free := int(r.sizes.Frontends) - len(r.frontends) - len(reserved); free < 0 && len(keys) > 0 {
 		for _, vip := range keys {
 			delete(reserved, vip)
 		}
