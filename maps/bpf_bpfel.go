@@ -55,6 +55,13 @@ type bpfChange struct {
 	Bytes      uint32
 }
 
+type bpfDevice struct {
+	_         structs.HostLayout
+	Bridge    uint32
+	BridgeMac [6]uint8
+	Pad       [2]uint8
+}
+
 type bpfFlow struct {
 	_               structs.HostLayout
 	To              bpfTuple
@@ -174,7 +181,10 @@ const (
 	bpfReasonREASON_LOCK_BUSY       bpfReason = 23
 	bpfReasonREASON_DIRECT          bpfReason = 24
 	bpfReasonREASON_NEW_DIRECT      bpfReason = 25
-	bpfReasonREASON_COUNT           bpfReason = 26
+	bpfReasonREASON_DETOUR          bpfReason = 26
+	bpfReasonREASON_REDIRECT        bpfReason = 27
+	bpfReasonREASON_OTHER_DEVICE    bpfReason = 28
+	bpfReasonREASON_COUNT           bpfReason = 29
 )
 
 type bpfRecord struct {
@@ -218,12 +228,20 @@ type bpfTuple struct {
 	Pad             [3]uint8
 }
 
+type bpfVlanKey struct {
+	_      structs.HostLayout
+	Parent uint32
+	Id     uint16
+	Pad    uint16
+}
+
 // Names of all BPF objects in the ELF.
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
 	bpfMapBackends       = "backends"
 	bpfMapChanges        = "changes"
+	bpfMapDevices        = "devices"
 	bpfMapFlowLocks      = "flow_locks"
 	bpfMapFlows          = "flows"
 	bpfMapFrontends      = "frontends"
@@ -233,6 +251,7 @@ const (
 	bpfMapServiceNames   = "service_names"
 	bpfMapServices       = "services"
 	bpfMapSlots          = "slots"
+	bpfMapVlans          = "vlans"
 	bpfVarFlowFlagsNames = "flow_flags_names"
 	bpfVarFlowStateNames = "flow_state_names"
 	bpfVarReasonNames    = "reason_names"
@@ -288,6 +307,7 @@ type bpfProgramSpecs struct {
 type bpfMapSpecs struct {
 	Backends     *ebpf.MapSpec `ebpf:"backends"`
 	Changes      *ebpf.MapSpec `ebpf:"changes"`
+	Devices      *ebpf.MapSpec `ebpf:"devices"`
 	FlowLocks    *ebpf.MapSpec `ebpf:"flow_locks"`
 	Flows        *ebpf.MapSpec `ebpf:"flows"`
 	Frontends    *ebpf.MapSpec `ebpf:"frontends"`
@@ -297,6 +317,7 @@ type bpfMapSpecs struct {
 	ServiceNames *ebpf.MapSpec `ebpf:"service_names"`
 	Services     *ebpf.MapSpec `ebpf:"services"`
 	Slots        *ebpf.MapSpec `ebpf:"slots"`
+	Vlans        *ebpf.MapSpec `ebpf:"vlans"`
 }
 
 // bpfVariableSpecs contains global variables before they are loaded into the kernel.
@@ -330,6 +351,7 @@ func (o *bpfObjects) Close() error {
 type bpfMaps struct {
 	Backends     *ebpf.Map `ebpf:"backends"`
 	Changes      *ebpf.Map `ebpf:"changes"`
+	Devices      *ebpf.Map `ebpf:"devices"`
 	FlowLocks    *ebpf.Map `ebpf:"flow_locks"`
 	Flows        *ebpf.Map `ebpf:"flows"`
 	Frontends    *ebpf.Map `ebpf:"frontends"`
@@ -339,12 +361,14 @@ type bpfMaps struct {
 	ServiceNames *ebpf.Map `ebpf:"service_names"`
 	Services     *ebpf.Map `ebpf:"services"`
 	Slots        *ebpf.Map `ebpf:"slots"`
+	Vlans        *ebpf.Map `ebpf:"vlans"`
 }
 
 func (m *bpfMaps) Close() error {
 	return _BpfClose(
 		m.Backends,
 		m.Changes,
+		m.Devices,
 		m.FlowLocks,
 		m.Flows,
 		m.Frontends,
@@ -354,6 +378,7 @@ func (m *bpfMaps) Close() error {
 		m.ServiceNames,
 		m.Services,
 		m.Slots,
+		m.Vlans,
 	)
 }
 
