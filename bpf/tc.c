@@ -150,7 +150,7 @@ static __always_inline int ingress(ctx_t *ctx, enum device_role device)
 		table = PENDING;
 		flow = flow_lookup(PENDING, &pkt.tuple, now);
 		if (!frontend.kind) {
-			if (!flow)
+			if (!flow || flow->hook == AT_INGRESS)
 				return verdict(REASON_NO_SERVICE, VERDICT_PASS);
 			to = flow->to;
 			return detour(ctx, &pkt, flow, &to);

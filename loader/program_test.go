@@ -62,6 +62,7 @@ type rig struct {
 	t        *testing.T
 	maps     *maps.Maps
 	programs map[string]*ebpf.Program
+	keepMAC  bool // frames are run as they are, not as if they had been sent to this host
 }
 
 // shared are the programs of all these tests: to verify them takes longer than most tests do.
@@ -155,13 +156,17 @@ type result struct {
 func (r *rig) runOnly(program string, frame []byte) (verdict uint32, out []byte) {
 	r.t.Helper()
 	in := slices.Clone(frame)
-	clear(in[:6]) // the loopback device's address
+	if !r.keepMAC {
+		clear(in[:6]) // the loopback device's address
+	}
 	opts := ebpf.RunOptions{Data: in, DataOut: make([]byte, len(in)+256)}
 	verdict, err := r.programs[program].Run(&opts)
 	if err != nil {
 		r.t.Fatalf("run %s on %s: %v", program, testenv.Describe(frame), err)
 	}
-	copy(opts.DataOut[:6], frame[:6])
+	if !r.keepMAC {
+		copy(opts.DataOut[:6], frame[:6])
+	}
 	return verdict, opts.DataOut
 }
 

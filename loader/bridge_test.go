@@ -1,0 +1,324 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package loader_test
+
+import (
+	"net/netip"
+	"slices"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/lbagent/lbagent/internal/testenv"
+	"github.com/lbagent/lbagent/lb"
+	"github.com/lbagent/lbagent/maps"
+)
+
+// The loopback device, which the programs are run at, is made a port of a bridge, or a device with a VLAN.
+const loopback = 1
+
+var (
+	bridgeMAC = testenv.MAC{2, 0, 0, 0, 0, 0xb}
+	otherMAC  = testenv.MAC{2, 0, 0, 0, 0, 0xc} // of whoever is behind another port
+	everybody = testenv.MAC{0xff, 0xff, 0xff, 0xff, 0xff, 0xff}
+)
+
+// newPort is newRig, at the port of a bridge.
+func newPort(t *testing.T) *rig {
+	t.Helper()
+	r := newRig(t)
+	r.keepMAC = true
+	r.must(r.maps.SetDevice(loopback, maps.Device{Bridge: 7, BridgeMac: bridgeMAC}))
+	t.Cleanup(func() { r.must(r.maps.DeleteDevice(loopback)) })
+	return r
+}
+
+func sentTo(to testenv.MAC, p testenv.Packet) testenv.Packet {
+	p.DestinationMAC = to
+	return p
+}
+
+// identities makes the backend's own address one that clients may talk to directly.
+func (r *rig) identities(f family) {
+	for _, p := range []lb.Protocol{lb.TCP, lb.UDP} {
+		r.must(r.maps.SetFrontend(maps.KeyOf(lb.VIP{Addr: f.backend.Addr(), Port: f.backend.Port(), Protocol: p}), maps.FrontendOf(0, lb.Identity)))
+	}
+}
+
+// TestPort: a flow of a pod on a bridge whose backend is on another port: to the host's stack in both
+// directions, by whatever MAC the frames come.
+func TestPort(t *testing.T) {
+	for _, f := range families {
+		for _, protocol := range []lb.Protocol{lb.TCP, lb.UDP} {
+			t.Run(f.name+" "+protocol.String(), func(t *testing.T) {
+				r := newPort(t)
+				r.service(f)
+				packet := func(from, to netip.AddrPort, flags uint8, seq, ack uint32) testenv.Packet {
+					if protocol == lb.UDP {
+						return testenv.DatagramUDP(from, to, "hello")
+					}
+					p := testenv.SegmentTCP(from, to, flags)
+					p.Seq, p.Ack = seq, ack
+					return p
+				}
+				up := func(flags uint8, seq, ack uint32, reason string) {
+					t.Helper()
+					p := packet(f.client, f.vip, flags, seq, ack)
+					out := p
+					out.Destination = f.backend
+					r.expect("port_in", sentTo(bridgeMAC, p).Bytes(), pass, reason, sentTo(bridgeMAC, out).Bytes())
+					if reason == "new_flow" {
+						reason = "forward"
+					}
+					// Where the gateway is somebody else.
+					r.expect("port_in", sentTo(otherMAC, p).Bytes(), pass, reason, sentTo(bridgeMAC, out).Bytes())
+				}
+				down := func(flags uint8, seq, ack uint32) {
+					t.Helper()
+					p := packet(f.backend, f.client, flags, seq, ack)
+					before, in := r.flow(f.backend, f.client, protocol)
+					r.expect("port_in", sentTo(otherMAC, p).Bytes(), pass, "detour", sentTo(bridgeMAC, p).Bytes())
+					untouched := sentTo(bridgeMAC, p).Bytes()
+					r.expect("port_in", untouched, pass, "other_hook", untouched)
+					if after, _ := r.flow(f.backend, f.client, protocol); after != before || in == "" {
+						t.Errorf("the detour is noted: %+v, and before %+v (in %q)", after, before, in)
+					}
+					out := p
+					out.Source = f.vip
+					r.expect("pod_out", p.Bytes(), pass, "reply", out.Bytes())
+				}
+				toAll := sentTo(everybody, packet(f.client, f.vip, testenv.SYN, 0, 0)).Bytes()
+				r.expect("port_in", toAll, pass, "not_host", toAll)
+				reply := packet(f.backend, f.client, testenv.ACK, 1, 1)
+				stray := sentTo(otherMAC, reply).Bytes()
+				r.expect("port_in", stray, pass, "no_service", stray)
+
+				up(testenv.SYN, 10, 0, "new_flow")
+				down(testenv.SYN|testenv.ACK, 500, 11)
+				up(testenv.ACK, 11, 501, "forward")
+				if _, in := r.flow(f.client, f.vip, protocol); in != "flows" {
+					t.Fatalf("the flow is in %q", in)
+				}
+				down(testenv.ACK, 501, 11)
+				up(testenv.ACK, 11, 501, "forward")
+
+				toAll = sentTo(everybody, reply).Bytes()
+				r.expect("port_in", toAll, pass, "not_host", toAll)
+				r.expect("pod_in", stray, pass, "not_host", stray) // a routed pod's device has no other frames
+				// A bridge that is not known: the reply is switched, and translated none the less.
+				r.must(r.maps.DeleteDevice(loopback))
+				r.expect("port_in", stray, pass, "other_hook", stray)
+				r.must(r.maps.SetDevice(loopback, maps.Device{Bridge: 7, BridgeMac: bridgeMAC}))
+				r.age(25 * time.Hour)
+				r.expect("port_in", stray, pass, "no_service", stray)
+			})
+		}
+	}
+}
+
+// TestPortSwitched: what changes no address stays the bridge's to carry.
+func TestPortSwitched(t *testing.T) {
+	for _, f := range families {
+		r := newPort(t)
+		r.service(f)
+		r.identities(f)
+		ask := sentTo(otherMAC, testenv.DatagramUDP(f.client, f.backend, "x")).Bytes()
+		answer := sentTo(otherMAC, testenv.DatagramUDP(f.backend, f.client, "x")).Bytes()
+		// Noted once each: at egress what is not assured yet, at ingress from then on.
+		for _, want := range []string{"pending", "flows", "flows"} {
+			reason := "direct"
+			if want == "pending" {
+				reason = "new_direct"
+			}
+			r.expect("port_in", ask, pass, reason, ask)
+			r.expect("pod_out", ask, pass, "direct", ask)
+			r.expect("port_in", answer, pass, "direct", answer)
+			r.expect("pod_out", answer, pass, "direct", answer)
+			if _, in := r.flow(f.client, f.backend, lb.UDP); in != want {
+				t.Fatalf("%s: the direct flow is in %q, want %q", f.name, in, want)
+			}
+		}
+		if back, _ := r.flow(f.backend, f.client, lb.UDP); back.Packets != 3 {
+			t.Errorf("%s: %d answers are counted, want 3", f.name, back.Packets)
+		}
+
+		// A connection to the backend itself that is known to it by another port, as the service has this one.
+		r.clearFlows()
+		toVIP := sentTo(bridgeMAC, testenv.DatagramUDP(f.client, f.vip, "x"))
+		if got := r.run("port_in", toVIP.Bytes()); got.Reason != "new_flow" {
+			t.Fatal(got.Reason)
+		}
+		got := r.run("port_in", ask)
+		seen, err := testenv.Parse(got.Frame)
+		r.must(err)
+		if got.Reason != "new_flow" || seen.Source.Port() == f.client.Port() || seen.DestinationMAC != otherMAC {
+			t.Errorf("%s: %s, to %s: %s", f.name, got.Reason, seen.DestinationMAC, testenv.Describe(got.Frame))
+		}
+		back := sentTo(otherMAC, testenv.DatagramUDP(f.backend, seen.Source, "x"))
+		r.expect("port_in", back.Bytes(), pass, "other_hook", back.Bytes())
+		out := back
+		out.Destination = f.client
+		r.expect("pod_out", back.Bytes(), pass, "reply", out.Bytes())
+	}
+}
+
+// TestUplinkIsPort: the cable of a bridge that pods hang on.
+func TestUplinkIsPort(t *testing.T) {
+	for _, f := range families {
+		r := newPort(t)
+		r.service(f)
+		p, reply := testenv.DatagramUDP(f.client, f.vip, "x"), testenv.DatagramUDP(f.backend, f.client, "x")
+		// The switch outside has sent it to all: it is another node's, which may have the same VIP.
+		others := sentTo(otherMAC, p).Bytes()
+		r.expect("node_in", others, pass, "no_service", others)
+		out := p
+		out.Destination = f.backend
+		r.expect("node_in", sentTo(bridgeMAC, p).Bytes(), pass, "new_flow", sentTo(bridgeMAC, out).Bytes())
+		r.expect("node_in", others, pass, "no_service", others)
+		// A backend on another node, in the same network.
+		r.expect("node_in", sentTo(otherMAC, reply).Bytes(), pass, "detour", sentTo(bridgeMAC, reply).Bytes())
+		r.expect("node_in", sentTo(bridgeMAC, reply).Bytes(), pass, "no_service", sentTo(bridgeMAC, reply).Bytes())
+		// Assured, as the client speaks again.
+		r.run("node_out", reply.Bytes())
+		r.expect("node_in", sentTo(bridgeMAC, p).Bytes(), pass, "forward", sentTo(bridgeMAC, out).Bytes())
+		r.expect("node_in", others, pass, "not_host", others)
+		r.expect("node_in", sentTo(otherMAC, reply).Bytes(), pass, "detour", sentTo(bridgeMAC, reply).Bytes())
+		fragment := sentTo(otherMAC, p)
+		fragment.Fragment = &testenv.Fragment{ID: 7, More: true}
+		fragment.Payload = make([]byte, 64)
+		r.expect("node_in", fragment.Bytes(), pass, "fragment", fragment.Bytes())
+		fragment.DestinationMAC = bridgeMAC
+		r.expect("node_in", fragment.Bytes(), drop, "vip_fragment", nil)
+
+		r.must(r.maps.DeleteDevice(loopback))
+		mine := sentTo(bridgeMAC, p).Bytes()
+		r.expect("node_in", mine, pass, "not_host", mine)
+	}
+}
+
+// redirect is what a router says to `to` about a frame that it has sent.
+func redirect(t *testing.T, f family, to netip.Addr, frame []byte) testenv.Packet {
+	t.Helper()
+	router := f.other.Addr()
+	if f.name == "v4" {
+		p, err := testenv.ErrorICMP(router, to, 5, 1, 0x0af40105, frame)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return p
+	}
+	at, err := testenv.Locate(frame)
+	if err != nil {
+		t.Fatal(err)
+	}
+	quoted := frame[at.Network:at.End]
+	quoted = append(slices.Clone(quoted), make([]byte, -len(quoted)&7)...)
+	target := f.backend.Addr().As16()
+	payload := slices.Concat(target[:], target[:],
+		[]byte{2, 1, 2, 0, 0, 0, 0, 5}, // the target's link-layer address
+		[]byte{4, byte(1 + len(quoted)/8), 0, 0, 0, 0, 0, 0}, quoted)
+	return testenv.Packet{
+		Source: netip.AddrPortFrom(router, 0), Destination: netip.AddrPortFrom(to, 0),
+		Protocol: testenv.ICMPv6, ICMPType: 137, Payload: payload,
+	}
+}
+
+// TestRedirect: those about a translated flow go no further; every other one does, and every other ICMP error.
+func TestRedirect(t *testing.T) {
+	for _, f := range families {
+		for protocol, p := range map[string]testenv.Packet{
+			"udp": testenv.DatagramUDP(f.client, f.vip, "hello"), "tcp": testenv.SegmentTCP(f.client, f.vip, testenv.SYN),
+		} {
+			for _, program := range []string{"pod_out", "node_out"} {
+				r := newRig(t)
+				r.service(f)
+				r.identities(f)
+				forward := p
+				forward.Destination = f.backend
+				back := p
+				back.Source, back.Destination = f.backend, f.client
+				toClient := redirect(t, f, f.client.Addr(), forward.Bytes())
+				toBackend := redirect(t, f, f.backend.Addr(), back.Bytes())
+				passes := func(what string, p testenv.Packet) {
+					t.Helper()
+					if got := r.run(program, p.Bytes()); got.Verdict != pass || got.Reason != "unsupported" {
+						t.Errorf("%s %s, %s: %s, verdict %d", f.name, protocol, what, got.Reason, int32(got.Verdict))
+					}
+				}
+				drops := func(what string, p testenv.Packet) {
+					t.Helper()
+					if got := r.run(program, p.Bytes()); got.Verdict != drop || got.Reason != "redirect" {
+						t.Errorf("%s %s, %s: %s, verdict %d", f.name, protocol, what, got.Reason, int32(got.Verdict))
+					}
+				}
+				passes("without a flow", toClient)
+				r.run("pod_in", p.Bytes())
+				drops("to the client", toClient)
+				drops("to the backend", toBackend)
+				elsewhere := forward
+				elsewhere.Source = netip.AddrPortFrom(f.client.Addr(), 40001)
+				passes("about another port", redirect(t, f, f.client.Addr(), elsewhere.Bytes()))
+				// What it quotes says how far it is to the ports.
+				if f.ipOptions {
+					options := forward
+					options.IPOptions = []byte{1, 1, 1, 1}
+					drops("with IP options", redirect(t, f, f.client.Addr(), options.Bytes()))
+				}
+				other := toClient
+				if other.ICMPType = 3; f.name == "v6" {
+					other.ICMPType = 1
+				}
+				passes("another type", other)
+				cut := toClient
+				cut.Payload = cut.Payload[:len(cut.Payload)-len(forward.Bytes())+14]
+				passes("quoting nothing", cut)
+				ping := testenv.Packet{Source: toClient.Source, Destination: toClient.Destination, Protocol: toClient.Protocol, ICMPType: toClient.ICMPType}
+				passes("without a body", ping)
+				r.age(25 * time.Hour)
+				passes("about a flow that is over", toClient)
+
+				r.clearFlows()
+				r.run("pod_in", forward.Bytes())
+				passes("about a direct connection", toClient)
+			}
+		}
+	}
+}
+
+// TestVLANDevice: a frame of a VLAN that has its own device is that device's; one of another VLAN is the parent's.
+func TestVLANDevice(t *testing.T) {
+	for _, f := range families {
+		r := newRig(t)
+		r.service(f)
+		key := maps.VLANKey{Parent: loopback, Id: 5}
+		r.must(r.maps.SetVLAN(key, 9))
+		t.Cleanup(func() { r.must(r.maps.DeleteVLAN(key)) })
+		up, down := testenv.DatagramUDP(f.client, f.vip, "x"), testenv.DatagramUDP(f.backend, f.client, "x")
+		translated, reply := up, down
+		translated.Destination, reply.Source = f.backend, f.vip
+		for _, tags := range []struct {
+			tags   []uint16
+			theirs bool
+		}{{nil, false}, {[]uint16{5}, true}, {[]uint16{6}, false}, {[]uint16{5, 6}, true}, {[]uint16{6, 5}, false}, {[]uint16{0xe005}, true}} {
+			r.clearFlows()
+			tagged := func(p testenv.Packet) []byte {
+				p.VLAN = tags.tags
+				return p.Bytes()
+			}
+			if tags.theirs {
+				for _, program := range []string{"node_in", "pod_in", "port_in", "node_out", "pod_out"} {
+					r.expect(program, tagged(up), pass, "other_device", tagged(up))
+				}
+				continue
+			}
+			r.expect("node_in", tagged(up), pass, "new_flow", tagged(translated))
+			r.expect("node_out", tagged(down), pass, "reply", tagged(reply))
+		}
+		fragment := up
+		fragment.VLAN, fragment.Fragment, fragment.Payload = []uint16{5}, &testenv.Fragment{ID: 7, More: true}, make([]byte, 64)
+		r.expect("node_in", fragment.Bytes(), pass, "other_device", fragment.Bytes())
+		gre := testenv.Packet{Source: up.Source, Destination: up.Destination, Protocol: unix.IPPROTO_GRE, VLAN: []uint16{5}}
+		r.expect("node_in", gre.Bytes(), pass, "other_device", gre.Bytes())
+	}
+}
