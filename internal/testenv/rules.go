@@ -44,6 +44,7 @@ table inet strict {
 	chain forward {
 		type filter hook forward priority filter; policy drop;
 		ct state established,related accept
+{{forwardBridged}}
 		ip saddr { {{clients4}} } ip daddr @backends4 accept
 		ip6 saddr { {{clients6}} } ip6 daddr @backends6 accept
 {{forwardOutside}}
@@ -105,7 +106,12 @@ func (l *Lab) strictRules() string {
 		outside = "\t\tip saddr " + PodCIDR4 + " ip daddr " + outsideCIDR4 + " accept\n" +
 			"\t\tip6 saddr " + PodCIDR6 + " ip6 daddr " + outsideCIDR6 + " accept"
 	}
+	bridged := ""
+	if l.Config.Bridge { // where the rules see what it carries, that is how pods find each other
+		bridged = "\t\ticmpv6 type { nd-neighbor-solicit, nd-neighbor-advert } accept"
+	}
 	return strings.NewReplacer(
+		"{{forwardBridged}}", bridged,
 		"{{vips4}}", ServiceCIDR4+", "+LoadBalancerCIDR4+", "+ExternalCIDR4,
 		"{{vips6}}", ServiceCIDR6+", "+LoadBalancerCIDR6+", "+ExternalCIDR6,
 		"{{node4}}", l.Node.IPv4.String(), "{{node6}}", l.Node.IPv6.String(),
