@@ -3,11 +3,17 @@
 package loader_test
 
 import (
+	"errors"
+	"fmt"
 	"net/netip"
+	"os"
 	"slices"
+	"strconv"
+	"strings"
 	"testing"
 	"time"
 
+	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
 	"github.com/lbagent/lbagent/internal/testenv"
@@ -321,4 +327,219 @@ func TestVLANDevice(t *testing.T) {
 		gre := testenv.Packet{Source: up.Source, Destination: up.Destination, Protocol: unix.IPPROTO_GRE, VLAN: []uint16{5}}
 		r.expect("node_in", gre.Bytes(), pass, "other_device", gre.Bytes())
 	}
+}
+
+// TestSameBridge: client and backend on two ports of a bridge, between real sockets. The stack routes both
+// directions and sees one connection, and nobody is told of a shorter way.
+func TestSameBridge(t *testing.T) {
+	size := int64(64 << 20)
+	if testing.Short() {
+		size = 4 << 20
+	}
+	for _, seen := range []bool{false, true} {
+		t.Run(fmt.Sprint("bridge-nf-call-iptables ", seen), func(t *testing.T) {
+			l := newLab(t, testenv.Config{Backends: 1, ClientPods: 1, Bridge: true, BridgeNetfilter: seen})
+			backend := l.Backends[0]
+			for _, from := range []*testenv.Host{l.ClientPods[0], l.Client} { // the second comes by the uplink
+				for family, vip := range l.vips {
+					at := netip.AddrPortFrom(backend.Addr(family), serverPort)
+					tcp := netip.AddrPortFrom(from.Addr(family), 41000)
+					client := testenv.NewHTTPClient(from.Namespace, tcp)
+					start := time.Now()
+					if err := client.Transfer(l.context(), vip, size); err != nil {
+						t.Fatalf("%s to %s: %v; reasons %v", from.Name, vip, err, l.reasons())
+					}
+					t.Logf("%s to %s: %d MiB each way in %v", from.Name, vip, size>>20, time.Since(start).Round(time.Millisecond))
+					if got := l.conntrack("tcp", tcp, at); got != "ESTABLISHED" {
+						t.Errorf("%s to %s: the node's conntrack says %q", from.Name, vip, got)
+					}
+					client.Close()
+
+					udp, err := testenv.DialUDP(l.context(), from.Namespace, netip.AddrPortFrom(from.Addr(family), 42000), vip)
+					l.rig.must(err)
+					for _, text := range []string{"one", "two", strings.Repeat("three", 250)} {
+						if a, err := udp.Ask(l.context(), vip, text); err != nil || a.Client.Addr() != from.Addr(family) {
+							t.Errorf("%s asked %s: %v, %+v", from.Name, vip, err, a)
+						}
+					}
+					udp.Close()
+					if got := l.conntrack("udp", netip.AddrPortFrom(from.Addr(family), 42000), at); got != "answered" {
+						t.Errorf("%s to %s: the node's conntrack says %q of UDP", from.Name, vip, got)
+					}
+				}
+			}
+			for _, h := range []*testenv.Host{l.ClientPods[0], backend} {
+				if got := l.redirects(h); got != 0 {
+					t.Errorf("%s has had %d ICMP redirects", h.Name, got)
+				}
+			}
+			if counts := l.reasons(); counts["detour"] == 0 || counts["redirect"] == 0 {
+				t.Errorf("nothing is tested: %v", counts)
+			}
+		})
+	}
+}
+
+// TestBridgedDirect: what pods on a bridge say to each other without a service is carried as it is, with
+// programs on the ports, and has no part in a flow; where it has, as with a backend's own address, too.
+func TestBridgedDirect(t *testing.T) {
+	l := newLab(t, testenv.Config{Backends: 1, ClientPods: 1, Bridge: true})
+	from, to := l.ClientPods[0], l.Backends[0]
+	capture, err := testenv.Capture(from.Namespace, "eth0")
+	l.rig.must(err)
+	defer capture.Close()
+	for _, identity := range []bool{false, true} {
+		for _, version := range []int{4, 6} {
+			at := netip.AddrPortFrom(to.Addr(version), serverPort)
+			if identity {
+				l.rig.identities(family{backend: at})
+			}
+			client := testenv.NewHTTPClient(from.Namespace, netip.AddrPort{})
+			if err := client.Transfer(l.context(), at, 1<<20); err != nil {
+				t.Error(err)
+			}
+			client.Close()
+			if _, err := capture.Find(time.Second, func(f testenv.Frame) bool {
+				p, err := testenv.Parse(f.Data)
+				return err == nil && !f.Outgoing && p.Source == at && p.TTL == 64
+			}); err != nil {
+				t.Errorf("identity %v, IPv%d: no answer was switched: %v", identity, version, err)
+			}
+		}
+	}
+	counts := l.reasons()
+	if counts["detour"] != 0 || counts["forward"] != 0 || counts["direct"] == 0 {
+		t.Errorf("reasons: %v", counts)
+	}
+}
+
+// TestTagBeside: the kernel takes the tag out of a frame before the programs see it.
+func TestTagBeside(t *testing.T) {
+	l := newLab(t, testenv.Config{Backends: 1})
+	sender, err := testenv.Capture(l.Client.Namespace, "eth0")
+	l.rig.must(err)
+	defer sender.Close()
+	uplink, mac := l.device(l.Client.NodeDevice)
+	l.rig.must(l.rig.maps.SetVLAN(maps.VLANKey{Parent: uplink, Id: 5}, 99))
+	for family, vip := range l.vips {
+		for tag, reason := range map[uint16]string{5: "other_device", 6: "new_flow"} {
+			before := l.reasons()[reason]
+			p := sentTo(mac, testenv.DatagramUDP(netip.AddrPortFrom(l.Client.Addr(family), 40000+tag), vip, "x"))
+			p.VLAN = []uint16{tag}
+			l.rig.must(sender.Send(p.Bytes()))
+			l.soon(func() string {
+				if l.reasons()[reason] != before+1 {
+					return fmt.Sprintf("IPv%d, VLAN %d: not %s: %v", family, tag, reason, l.reasons())
+				}
+				return ""
+			})
+		}
+	}
+}
+
+// soon waits until `what` has nothing to complain of.
+func (l *lab) soon(what func() string) {
+	l.rig.t.Helper()
+	var complaint string
+	for end := time.Now().Add(5 * time.Second); time.Now().Before(end); time.Sleep(5 * time.Millisecond) {
+		if complaint = what(); complaint == "" {
+			return
+		}
+	}
+	l.rig.t.Fatal(complaint)
+}
+
+func (l *lab) reasons() map[string]uint64 {
+	l.rig.t.Helper()
+	counts, err := l.rig.maps.Reasons()
+	l.rig.must(err)
+	for name, n := range counts {
+		if n == 0 {
+			delete(counts, name)
+		}
+	}
+	return counts
+}
+
+// device returns index and MAC address of a device of the node.
+func (l *lab) device(name string) (index uint32, mac testenv.MAC) {
+	l.rig.t.Helper()
+	l.rig.must(l.Node.Do(func() error {
+		link, err := netlink.LinkByName(name)
+		if err == nil {
+			index = uint32(link.Attrs().Index)
+			copy(mac[:], link.Attrs().HardwareAddr)
+		}
+		return err
+	}))
+	return index, mac
+}
+
+// conntrack returns what the node's connection tracking says of a connection: of TCP its state, of UDP whether
+// it was answered; "" if it has none.
+func (l *lab) conntrack(protocol string, from, to netip.AddrPort) string {
+	l.rig.t.Helper()
+	var table []byte
+	l.rig.must(l.Node.Do(func() (err error) {
+		table, err = os.ReadFile("/proc/thread-self/net/nf_conntrack")
+		return err
+	}))
+	for line := range strings.Lines(string(table)) {
+		// ipv4 2 tcp 6 86399 ESTABLISHED src=10.244.1.101 dst=10.244.1.11 sport=41000 dport=8080 src=...
+		words := strings.Fields(line)
+		first := map[string]string{} // the first of each key is the direction of the first packet
+		for _, w := range words {
+			if key, value, ok := strings.Cut(w, "="); ok && first[key] == "" {
+				first[key] = value
+			}
+		}
+		source, err1 := netip.ParseAddr(first["src"])
+		destination, err2 := netip.ParseAddr(first["dst"])
+		l.rig.must(errors.Join(err1, err2))
+		if len(words) < 6 || words[2] != protocol || source != from.Addr() || destination != to.Addr() ||
+			first["sport"] != strconv.Itoa(int(from.Port())) || first["dport"] != strconv.Itoa(int(to.Port())) {
+			continue
+		}
+		switch {
+		case protocol == "tcp":
+			return words[5]
+		case slices.Contains(words, "[UNREPLIED]"):
+			return "not answered"
+		}
+		return "answered"
+	}
+	return ""
+}
+
+// redirects returns how many ICMP and ICMPv6 redirects have come to a host's stack.
+func (l *lab) redirects(h *testenv.Host) (total int) {
+	l.rig.t.Helper()
+	var found int
+	l.rig.must(h.Do(func() error {
+		for file, name := range map[string]string{"snmp": "InRedirects", "snmp6": "Icmp6InRedirects"} {
+			content, err := os.ReadFile("/proc/thread-self/net/" + file)
+			if err != nil {
+				return err
+			}
+			var names []string
+			for line := range strings.Lines(string(content)) {
+				words := strings.Fields(line)
+				if len(words) == 2 && words[0] == name { // snmp6: a name and its value
+					n, _ := strconv.Atoi(words[1])
+					total, found = total+n, found+1
+				}
+				// snmp: a line of names, and a line of values
+				if i := slices.Index(names, name); i > 0 && len(words) == len(names) {
+					n, _ := strconv.Atoi(words[i])
+					total, found = total+n, found+1
+				}
+				names = words
+			}
+		}
+		return nil
+	}))
+	if found != 2 {
+		l.rig.t.Errorf("%d counters of redirects in %s, want 2", found, h.Name)
+	}
+	return total
 }

@@ -39,6 +39,7 @@ table inet strict {
 	}
 	chain invalid_output {
 		type filter hook output priority mangle; policy accept;
+{{outputBridged}}
 		ct state invalid counter name invalid drop
 	}
 	chain forward {
@@ -106,12 +107,16 @@ func (l *Lab) strictRules() string {
 		outside = "\t\tip saddr " + PodCIDR4 + " ip daddr " + outsideCIDR4 + " accept\n" +
 			"\t\tip6 saddr " + PodCIDR6 + " ip6 daddr " + outsideCIDR6 + " accept"
 	}
-	bridged := ""
-	if l.Config.Bridge { // where the rules see what it carries, that is how pods find each other
-		bridged = "\t\ticmpv6 type { nd-neighbor-solicit, nd-neighbor-advert } accept"
+	forwardBridged, outputBridged := "", ""
+	if l.Config.Bridge {
+		// Where the rules see what the bridge carries, that is how pods find each other.
+		forwardBridged = "\t\ticmpv6 type { nd-neighbor-solicit, nd-neighbor-advert } accept"
+		// What the stack says about packets that leave as they came, by the bridge, is invalid to its own
+		// connection tracking (6.18).
+		outputBridged = "\t\ticmpv6 type nd-redirect accept"
 	}
 	return strings.NewReplacer(
-		"{{forwardBridged}}", bridged,
+		"{{forwardBridged}}", forwardBridged, "{{outputBridged}}", outputBridged,
 		"{{vips4}}", ServiceCIDR4+", "+LoadBalancerCIDR4+", "+ExternalCIDR4,
 		"{{vips6}}", ServiceCIDR6+", "+LoadBalancerCIDR6+", "+ExternalCIDR6,
 		"{{node4}}", l.Node.IPv4.String(), "{{node6}}", l.Node.IPv6.String(),
