@@ -380,6 +380,49 @@ func TestSameBridge(t *testing.T) {
 	}
 }
 
+// TestCableOnBridge: the uplink is a port of the pods' bridge, which has the node's addresses.
+func TestCableOnBridge(t *testing.T) {
+	l := newLab(t, testenv.Config{Backends: 1, ClientPods: 1, Bridge: true})
+	index, mac := l.device("cni0")
+	cable, _ := l.device("eth0")
+	l.rig.must(l.rig.maps.SetDevice(cable, maps.Device{Bridge: index, BridgeMac: mac}))
+	l.rig.must(l.Node.Do(func() error {
+		eth0, err1 := netlink.LinkByName("eth0")
+		cni0, err2 := netlink.LinkByName("cni0")
+		if err := errors.Join(err1, err2); err != nil {
+			return err
+		}
+		for _, family := range []int{4, 6} {
+			bits := map[int]int{4: 24, 6: 64}[family]
+			address := func(flags int) *netlink.Addr {
+				a, err := netlink.ParseAddr(netip.PrefixFrom(l.Node.Addr(family), bits).String())
+				l.rig.must(err)
+				a.Flags = flags
+				return a
+			}
+			if err := errors.Join(netlink.AddrDel(eth0, address(0)), netlink.AddrAdd(cni0, address(unix.IFA_F_NODAD))); err != nil {
+				return err
+			}
+		}
+		return netlink.LinkSetMaster(eth0, cni0)
+	}))
+	for _, from := range []*testenv.Host{l.Client, l.ClientPods[0]} {
+		for family, vip := range l.vips {
+			client := testenv.NewHTTPClient(from.Namespace, netip.AddrPortFrom(from.Addr(family), 41000))
+			if err := client.Transfer(l.context(), vip, 4<<20); err != nil {
+				t.Fatalf("%s to %s: %v; reasons %v", from.Name, vip, err, l.reasons())
+			}
+			if got := l.conntrack("tcp", netip.AddrPortFrom(from.Addr(family), 41000), netip.AddrPortFrom(l.Backends[0].Addr(family), serverPort)); got != "ESTABLISHED" {
+				t.Errorf("%s to %s: the node's conntrack says %q", from.Name, vip, got)
+			}
+			client.Close()
+		}
+		if got := l.redirects(from); got != 0 {
+			t.Errorf("%s has had %d ICMP redirects", from.Name, got)
+		}
+	}
+}
+
 // TestBridgedDirect: what pods on a bridge say to each other without a service is carried as it is, with
 // programs on the ports, and has no part in a flow; where it has, as with a backend's own address, too.
 func TestBridgedDirect(t *testing.T) {
