@@ -74,7 +74,12 @@ type site struct {
 
 func newSite(t *testing.T) *site {
 	t.Helper()
-	s := &site{t: t, Lab: testenv.NewLab(t, testenv.Config{Backends: 3})}
+	return newSiteLike(t, testenv.Config{Backends: 3})
+}
+
+func newSiteLike(t *testing.T, c testenv.Config) *site {
+	t.Helper()
+	s := &site{t: t, Lab: testenv.NewLab(t, c)}
 	for _, b := range s.Backends {
 		server, err := testenv.ServeHTTP(t.Context(), b.Namespace, b.Name, ":8080")
 		if err != nil {

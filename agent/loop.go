@@ -4,6 +4,7 @@ package agent
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -164,14 +165,21 @@ func (a *agent) write() {
 func (a *agent) attach() {
 	attach, uncovered := node.Select(a.host, a.config.Devices)
 	devices := make([]loader.Device, 0, len(attach))
+	ports := map[uint32]maps.Device{}
 	for _, d := range attach {
 		role := loader.Node
-		if d.Role == node.RolePod {
+		switch d.Role {
+		case node.RolePod:
 			role = loader.Pod
+		case node.RolePort:
+			role = loader.Port
+		}
+		if d.Bridge != 0 {
+			ports[uint32(d.Index)] = maps.Device{Bridge: uint32(d.Bridge), BridgeMac: d.BridgeMAC}
 		}
 		devices = append(devices, loader.Device{Index: d.Index, Name: d.Name, Role: role, LinkHeader: d.LinkHeader})
 	}
-	err := a.programs.Set(devices)
+	err := errors.Join(reconcile.Devices(a.maps, ports, a.vlans()), a.programs.Set(devices))
 	a.tellDevices(a.programs.Attached(), uncovered)
 	if err == nil {
 		if a.attachError != "" {
@@ -186,6 +194,17 @@ func (a *agent) attach() {
 		a.attachError = text
 	}
 	a.attachRetry.failed()
+}
+
+// vlans are the VLANs of the host's devices that have a device of their own.
+func (a *agent) vlans() map[maps.VLANKey]uint32 {
+	vlans := map[maps.VLANKey]uint32{}
+	for _, d := range a.host.Devices {
+		if d.Kind == "vlan" && d.Parent != 0 {
+			vlans[maps.VLANKey{Parent: uint32(d.Parent), Id: d.VLAN}] = uint32(d.Index)
+		}
+	}
+	return vlans
 }
 
 // tellDevices logs what is different about the devices.

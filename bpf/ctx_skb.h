@@ -20,12 +20,33 @@ typedef struct __sk_buff ctx_t;
 /* BPF_F_IPV6 of bpf_l4_csum_replace: 6.16, and some stable kernels before. */
 #define CSUM_IPV6 (1ULL << 7)
 
+#define VLAN_ID_MASK 0x0fff
+
 /* Offsets beyond this one are not looked at; the verifier needs a bound, and no sane header is there. */
 #define CTX_OFFSET_MAX 512
 
 static __always_inline bool ctx_to_this_host(ctx_t *ctx)
 {
 	return ctx->pkt_type == PACKET_HOST;
+}
+
+/* A frame for one other host, by its MAC address; not one for many. */
+static __always_inline bool ctx_to_other_host(ctx_t *ctx)
+{
+	return ctx->pkt_type == PACKET_OTHERHOST;
+}
+
+/* Index of the device whose hook this is. */
+static __always_inline __u32 ctx_device(ctx_t *ctx)
+{
+	return ctx->ifindex;
+}
+
+/* ctx_vlan returns the id of the tag that the kernel, or the device, has taken out of the frame, which is the
+ * outermost. 0: there is none, or it says a priority alone. */
+static __always_inline __u16 ctx_vlan(ctx_t *ctx)
+{
+	return ctx->vlan_present ? ctx->vlan_tci & VLAN_ID_MASK : 0;
 }
 
 /* EtherType, for devices whose frames do not begin with one. */

@@ -90,6 +90,26 @@ struct {
 	__type(value, struct change);
 } changes SEC(".maps");
 
+/* index of a device -> the bridge that it is a port of. Written by reconcile, read for frames that are not
+ * sent to the device's own MAC address. A missing key: no port of a bridge, or one without programs. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 65536);
+	__type(key, __u32);
+	__type(value, struct device);
+} devices SEC(".maps");
+
+/* index of a device, id of a VLAN on it -> index of the VLAN's own device. Written by reconcile, read for
+ * tagged frames alone. A missing key: the frame is the device's own. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 65536);
+	__type(key, struct vlan_key);
+	__type(value, __u32);
+} vlans SEC(".maps");
+
 /* enum reason -> packets. Written by the programs, each CPU its own. The kernel wants a plain number as
  * the key of an array's BTF. */
 struct {

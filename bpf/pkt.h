@@ -36,6 +36,8 @@ struct pkt {
 	__u8 tcp_flags; /* 0 for all but TCP */
 	bool fragment; /* the first or a later one */
 	bool ports; /* they are known: not those of a later fragment */
+	bool switched; /* set by ingress: if the frame stays as it is, a bridge may carry it past the stack */
+	__u16 vlan; /* id of the outermost tag; 0: none */
 	__u32 length; /* of the IP packet; of all that a GSO packet stands for */
 	__u32 sequence; /* of TCP, as are the next two */
 	__u32 acknowledgement;
@@ -239,6 +241,7 @@ static __always_inline enum reason pkt_parse_once(ctx_t *ctx, struct pkt *pkt)
 	__be16 ethertype = ctx_ethertype(ctx);
 
 	__builtin_memset(pkt, 0, sizeof(*pkt));
+	pkt->vlan = ctx_vlan(ctx);
 	if (offset) {
 		struct ethhdr *eth = ctx_at(ctx, 0, sizeof(*eth));
 
@@ -254,6 +257,8 @@ static __always_inline enum reason pkt_parse_once(ctx_t *ctx, struct pkt *pkt)
 			vlan = ctx_at(ctx, offset, sizeof(*vlan));
 			if (!vlan)
 				return REASON_MALFORMED;
+			if (!i && !pkt->vlan)
+				pkt->vlan = bpf_ntohs(vlan->tag) & VLAN_ID_MASK;
 			ethertype = vlan->ethertype;
 			offset += sizeof(*vlan);
 		}

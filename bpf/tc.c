@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause)
 /* The programs at the TC hooks of devices. docs/datapath.md walks a packet through them.
  *
- *   pod_in, node_in     ingress: from a VIP to a backend, before the host's stack
- *   pod_out, node_out   egress: a reply's source back to the VIP, behind it
+ *   pod_in, port_in, node_in   ingress: from a VIP to a backend, before the host's stack
+ *   pod_out, node_out          egress: a reply's source back to the VIP, behind it
  *
  * Between the two, routing, rp_filter, netfilter and conntrack see client and backend as if there were
  * no service.
  */
+#include "bridge.h"
 #include "flow.h"
 #include "reset.h"
 #include "verdict.h"
@@ -27,10 +28,14 @@ static __always_inline int ingress_refuse(const struct pkt *pkt, enum reason rea
 	return verdict(REASON_VIP_MALFORMED, VERDICT_DROP);
 }
 
-/* translate makes the packet what its flow says. */
+/* translate makes the packet what its flow says. At the port of a bridge the frame need not be sent to the
+ * bridge: the pod's gateway may be another, or have another's MAC. It is from then on, for its replies come to
+ * the stack as well. */
 static __always_inline int translate(ctx_t *ctx, struct pkt *pkt, const struct tuple *to,
 				     enum reason reason)
 {
+	if (pkt->switched && !address_equal(to->destination, pkt->tuple.destination))
+		frame_to_bridge(ctx);
 	if (!pkt_rewrite(ctx, pkt, to))
 		return verdict(REASON_NOT_WRITABLE, VERDICT_DROP);
 	return verdict(reason, VERDICT_PASS);
@@ -78,8 +83,34 @@ static __always_inline int hit(ctx_t *ctx, struct pkt *pkt, struct flow *flow, s
 	return translate(ctx, pkt, to, reason);
 }
 
-static __always_inline int ingress(ctx_t *ctx)
+/* detour is the way of a packet at the port of a bridge whose flow applies at egress, if at all: a reply. The
+ * bridge would carry it to the client's port, so that the stack never saw it. Sent to the bridge itself it is
+ * routed, and translated where it leaves. It is noted there, too. */
+static __always_inline int detour(ctx_t *ctx, const struct pkt *pkt, const struct flow *flow,
+				  const struct tuple *to)
 {
+	if (flow->hook == AT_BOTH)
+		return verdict(REASON_DIRECT, VERDICT_PASS);
+	if (flow->hook == AT_EGRESS && !address_equal(to->source, pkt->tuple.source) &&
+	    frame_to_bridge(ctx))
+		return verdict(REASON_DETOUR, VERDICT_PASS);
+	return verdict(REASON_OTHER_HOOK, VERDICT_PASS);
+}
+
+/* Whose frames an ingress hook sees. */
+enum device_role {
+	ROUTED_POD, /* this host's alone are of interest */
+	POD_PORT, /* of a bridge: all that are for one host, for nobody else can have sent them */
+	NODE, /* as ROUTED_POD; a port of a bridge if map `devices` says so */
+};
+
+static __always_inline int ingress(ctx_t *ctx, enum device_role device)
+{
+	/* At the node's own port of a bridge, a frame for another host, which may only be here because it is
+	 * sent to all ports: nobody but this node made the flow that it may be a reply of, but another node
+	 * may have the VIP. */
+	bool foreign = false;
+	bool switched = false;
 	struct frontend frontend = {};
 	struct backend_life life;
 	struct backend *backend;
@@ -91,28 +122,53 @@ static __always_inline int ingress(ctx_t *ctx)
 	bool looks;
 	__u64 now;
 
-	if (!ctx_to_this_host(ctx))
-		return verdict(REASON_NOT_HOST, VERDICT_PASS);
+	if (!ctx_to_this_host(ctx)) {
+		if (device == ROUTED_POD || !ctx_to_other_host(ctx))
+			return verdict(REASON_NOT_HOST, VERDICT_PASS);
+		switched = true;
+		if (device == NODE) {
+			const struct device *port = port_lookup(ctx);
+
+			if (!port)
+				return verdict(REASON_NOT_HOST, VERDICT_PASS);
+			switched = foreign = !frame_is_bridges(ctx, port);
+		}
+	}
 	reason = pkt_parse(ctx, &pkt);
+	if (pkt.vlan && vlan_has_device(ctx, &pkt))
+		return verdict(REASON_OTHER_DEVICE, VERDICT_PASS);
 	if (reason)
-		return ingress_refuse(&pkt, reason);
+		return foreign ? verdict(reason, VERDICT_PASS) : ingress_refuse(&pkt, reason);
+	pkt.switched = switched;
 
 	now = clock_now();
 	flow = flow_lookup(FLOWS, &pkt.tuple, now);
 	if (!flow) {
-		frontend = frontend_lookup(pkt.tuple.destination, pkt.tuple.destination_port,
-					   pkt.tuple.protocol);
-		if (!frontend.kind)
+		if (!foreign)
+			frontend = frontend_lookup(pkt.tuple.destination,
+						   pkt.tuple.destination_port, pkt.tuple.protocol);
+		if (!frontend.kind && !switched)
 			return verdict(REASON_NO_SERVICE, VERDICT_PASS);
 		table = PENDING;
 		flow = flow_lookup(PENDING, &pkt.tuple, now);
+		if (!frontend.kind) {
+			if (!flow || flow->hook == AT_INGRESS)
+				return verdict(REASON_NO_SERVICE, VERDICT_PASS);
+			to = flow->to;
+			return detour(ctx, &pkt, flow, &to);
+		}
 	}
 	if (!flow)
 		return ingress_open(ctx, &pkt, frontend);
 
 	to = flow->to; /* copied at once: the element may become another's */
-	if (!(flow->hook & AT_INGRESS))
+	if (!(flow->hook & AT_INGRESS)) {
+		if (switched)
+			return detour(ctx, &pkt, flow, &to);
 		return verdict(REASON_OTHER_HOOK, VERDICT_PASS);
+	}
+	if (foreign && flow->hook != AT_BOTH)
+		return verdict(REASON_NOT_HOST, VERDICT_PASS);
 	/* UDP and SYNs of a changed backend look again; all other TCP goes on. */
 	looks = pkt.tuple.protocol == PROTOCOL_UDP;
 	if (pkt_is_syn(&pkt)) {
@@ -159,6 +215,10 @@ static __always_inline int egress(ctx_t *ctx)
 	__u64 now;
 
 	reason = pkt_parse(ctx, &pkt);
+	if (pkt.vlan && vlan_has_device(ctx, &pkt))
+		return verdict(REASON_OTHER_DEVICE, VERDICT_PASS);
+	if (reason == REASON_UNSUPPORTED && redirect_is_ours(ctx, &pkt))
+		return verdict(REASON_REDIRECT, VERDICT_DROP);
 	if (reason && !(reason == REASON_FRAGMENT && pkt.ports))
 		return verdict(reason, VERDICT_PASS);
 	now = clock_now();
@@ -184,7 +244,13 @@ static __always_inline int egress(ctx_t *ctx)
 SEC("tc")
 int pod_in(struct __sk_buff *ctx)
 {
-	return ingress(ctx);
+	return ingress(ctx, ROUTED_POD);
+}
+
+SEC("tc")
+int port_in(struct __sk_buff *ctx)
+{
+	return ingress(ctx, POD_PORT);
 }
 
 SEC("tc")
@@ -196,7 +262,7 @@ int pod_out(struct __sk_buff *ctx)
 SEC("tc")
 int node_in(struct __sk_buff *ctx)
 {
-	return ingress(ctx);
+	return ingress(ctx, NODE);
 }
 
 SEC("tc")

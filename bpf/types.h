@@ -11,6 +11,7 @@
 #include <linux/types.h>
 
 #define ADDRESS_LENGTH 16
+#define MAC_LENGTH 6
 #define NAME_LENGTH 64 /* a DNS label (RFC 1123) and its final zero */
 
 /* The version of all layouts below, kept in map `record`. Raise it with every change of a layout. */
@@ -214,6 +215,23 @@ enum change_flags {
 	CHANGE_IN_FLOWS = 32, /* flow_restore: the other half is in `flows` */
 };
 
+/* ---- devices ---- */
+
+/* A device that is the port of a bridge. */
+struct device {
+	__u32 bridge; /* the bridge's index */
+	__u8 bridge_mac[MAC_LENGTH];
+	__u8 pad[2];
+};
+_Static_assert(sizeof(struct device) == 12, "no padding");
+
+struct vlan_key {
+	__u32 parent; /* index of the device that the tagged frame comes by */
+	__u16 id; /* of the VLAN */
+	__u16 pad;
+};
+_Static_assert(sizeof(struct vlan_key) == 8, "a key without a hole");
+
 /* ---- the rest ---- */
 
 /* What outlives the agent and belongs to all maps together. */
@@ -256,6 +274,9 @@ enum reason {
 	REASON_DIRECT, /* passed, untouched: to a backend's own address, or from it */
 	REASON_NEW_DIRECT, /* as above, the first packet */
 	REASON_SILENT_BACKEND, /* answered with a reset: a removed backend answers no more */
+	REASON_DETOUR, /* passed: a reply from a bridge's port, sent to the host's stack by its MAC address */
+	REASON_REDIRECT, /* dropped: the stack's ICMP redirect about a flow that takes such a detour */
+	REASON_OTHER_DEVICE, /* passed, untouched: of a VLAN that has its own device here */
 	REASON_COUNT,
 };
 

@@ -253,7 +253,9 @@ func (l *Loader) program(h hook, d Device) (string, *ebpf.Program, error) {
 	switch {
 	case d.Role == Pod && h.ingress:
 		return "pod_in", p.PodIn, nil
-	case d.Role == Pod:
+	case d.Role == Port && h.ingress:
+		return "port_in", p.PortIn, nil
+	case d.Role == Pod || d.Role == Port:
 		return "pod_out", p.PodOut, nil
 	case h.ingress:
 		return "node_in", p.NodeIn, nil

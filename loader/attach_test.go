@@ -152,8 +152,9 @@ func (h *host) set(l *loader.Loader, devices ...loader.Device) {
 }
 
 var (
-	up0    = loader.Device{Index: 10, Name: "up0", Role: loader.Node, LinkHeader: 14}
-	up0Pod = loader.Device{Index: 10, Name: "up0", Role: loader.Pod, LinkHeader: 14}
+	up0     = loader.Device{Index: 10, Name: "up0", Role: loader.Node, LinkHeader: 14}
+	up0Pod  = loader.Device{Index: 10, Name: "up0", Role: loader.Pod, LinkHeader: 14}
+	up0Port = loader.Device{Index: 10, Name: "up0", Role: loader.Port, LinkHeader: 14}
 )
 
 // methods runs a test with tcx links and with clsact filters. `name` is how the kernel shows a program then.
@@ -209,6 +210,10 @@ func TestAttach(t *testing.T) {
 		l = h.load(clsact)
 		h.set(l, up0Pod)
 		h.expect(10, "ingress "+name("pod_in"), "egress "+name("pod_out"))
+
+		// The pod's device becomes a port of a bridge.
+		h.set(l, up0Port)
+		h.expect(10, "ingress "+name("port_in"), "egress "+name("pod_out"))
 
 		// No longer wanted, by an agent that did not attach it.
 		l.Close()

@@ -72,11 +72,26 @@ func newLab(t *testing.T, c testenv.Config) *lab {
 		}
 		t.Cleanup(func() { programs.Close() })
 		var devices []loader.Device
-		for role, hosts := range map[loader.Role][]*testenv.Host{loader.Node: {l.Client}, loader.Pod: append(l.Backends, l.ClientPods...)} {
+		pod := loader.Pod
+		if c.Bridge {
+			pod = loader.Port
+		}
+		for role, hosts := range map[loader.Role][]*testenv.Host{loader.Node: {l.Client}, pod: append(l.Backends, l.ClientPods...)} {
 			for _, host := range hosts {
 				link, err := netlink.LinkByName(host.NodeDevice)
 				if err != nil {
 					return fmt.Errorf("device %s: %w", host.NodeDevice, err)
+				}
+				if role == loader.Port {
+					bridge, err := netlink.LinkByIndex(link.Attrs().MasterIndex)
+					if err != nil {
+						return fmt.Errorf("the bridge of %s: %w", host.NodeDevice, err)
+					}
+					port := maps.Device{Bridge: uint32(bridge.Attrs().Index)}
+					copy(port.BridgeMac[:], bridge.Attrs().HardwareAddr)
+					if err := m.SetDevice(uint32(link.Attrs().Index), port); err != nil {
+						return err
+					}
 				}
 				devices = append(devices, loader.Device{Index: link.Attrs().Index, Name: host.NodeDevice, Role: role, LinkHeader: 14})
 			}

@@ -23,11 +23,15 @@ type Role uint8
 const (
 	Node Role = iota // node_in and node_out: a device by which the node speaks to others
 	Pod              // pod_in and pod_out: the host side of a routed pod
+	Port             // port_in and pod_out: the host side of a pod on a bridge
 )
 
 func (r Role) String() string {
-	if r == Pod {
+	switch r {
+	case Pod:
 		return "pod"
+	case Port:
+		return "port"
 	}
 	return "node"
 }
@@ -195,6 +199,6 @@ func (l *Loader) configure(spec *ebpf.CollectionSpec, linkHeader int) error {
 func (l *Loader) Programs() map[string]*ebpf.Program {
 	p := l.byHeader[14]
 	return map[string]*ebpf.Program{
-		"pod_in": p.PodIn, "pod_out": p.PodOut, "node_in": p.NodeIn, "node_out": p.NodeOut,
+		"pod_in": p.PodIn, "pod_out": p.PodOut, "port_in": p.PortIn, "node_in": p.NodeIn, "node_out": p.NodeOut,
 	}
 }

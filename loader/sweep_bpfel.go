@@ -34,6 +34,7 @@ type sweepSweepStep struct {
 const (
 	sweepMapBackends               = "backends"
 	sweepMapChanges                = "changes"
+	sweepMapDevices                = "devices"
 	sweepMapFlowLocks              = "flow_locks"
 	sweepMapFlows                  = "flows"
 	sweepMapFrontends              = "frontends"
@@ -43,6 +44,7 @@ const (
 	sweepMapServiceNames           = "service_names"
 	sweepMapServices               = "services"
 	sweepMapSlots                  = "slots"
+	sweepMapVlans                  = "vlans"
 	sweepProgSweep                 = "sweep"
 	sweepVarCsumIpv6Flag           = "csum_ipv6_flag"
 	sweepVarHashKey                = "hash_key"
@@ -103,6 +105,7 @@ type sweepProgramSpecs struct {
 type sweepMapSpecs struct {
 	Backends     *ebpf.MapSpec `ebpf:"backends"`
 	Changes      *ebpf.MapSpec `ebpf:"changes"`
+	Devices      *ebpf.MapSpec `ebpf:"devices"`
 	FlowLocks    *ebpf.MapSpec `ebpf:"flow_locks"`
 	Flows        *ebpf.MapSpec `ebpf:"flows"`
 	Frontends    *ebpf.MapSpec `ebpf:"frontends"`
@@ -112,6 +115,7 @@ type sweepMapSpecs struct {
 	ServiceNames *ebpf.MapSpec `ebpf:"service_names"`
 	Services     *ebpf.MapSpec `ebpf:"services"`
 	Slots        *ebpf.MapSpec `ebpf:"slots"`
+	Vlans        *ebpf.MapSpec `ebpf:"vlans"`
 }
 
 // sweepVariableSpecs contains global variables before they are loaded into the kernel.
@@ -148,6 +152,7 @@ func (o *sweepObjects) Close() error {
 type sweepMaps struct {
 	Backends     *ebpf.Map `ebpf:"backends"`
 	Changes      *ebpf.Map `ebpf:"changes"`
+	Devices      *ebpf.Map `ebpf:"devices"`
 	FlowLocks    *ebpf.Map `ebpf:"flow_locks"`
 	Flows        *ebpf.Map `ebpf:"flows"`
 	Frontends    *ebpf.Map `ebpf:"frontends"`
@@ -157,12 +162,14 @@ type sweepMaps struct {
 	ServiceNames *ebpf.Map `ebpf:"service_names"`
 	Services     *ebpf.Map `ebpf:"services"`
 	Slots        *ebpf.Map `ebpf:"slots"`
+	Vlans        *ebpf.Map `ebpf:"vlans"`
 }
 
 func (m *sweepMaps) Close() error {
 	return _SweepClose(
 		m.Backends,
 		m.Changes,
+		m.Devices,
 		m.FlowLocks,
 		m.Flows,
 		m.Frontends,
@@ -172,6 +179,7 @@ func (m *sweepMaps) Close() error {
 		m.ServiceNames,
 		m.Services,
 		m.Slots,
+		m.Vlans,
 	)
 }
 

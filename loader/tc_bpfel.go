@@ -30,6 +30,7 @@ type tcFlowTimeouts struct {
 const (
 	tcMapBackends               = "backends"
 	tcMapChanges                = "changes"
+	tcMapDevices                = "devices"
 	tcMapFlowLocks              = "flow_locks"
 	tcMapFlows                  = "flows"
 	tcMapFrontends              = "frontends"
@@ -39,10 +40,12 @@ const (
 	tcMapServiceNames           = "service_names"
 	tcMapServices               = "services"
 	tcMapSlots                  = "slots"
+	tcMapVlans                  = "vlans"
 	tcProgNodeIn                = "node_in"
 	tcProgNodeOut               = "node_out"
 	tcProgPodIn                 = "pod_in"
 	tcProgPodOut                = "pod_out"
+	tcProgPortIn                = "port_in"
 	tcVarCsumIpv6Flag           = "csum_ipv6_flag"
 	tcVarHashKey                = "hash_key"
 	tcVarLinkHeaderLength       = "link_header_length"
@@ -96,6 +99,7 @@ type tcProgramSpecs struct {
 	NodeOut *ebpf.ProgramSpec `ebpf:"node_out"`
 	PodIn   *ebpf.ProgramSpec `ebpf:"pod_in"`
 	PodOut  *ebpf.ProgramSpec `ebpf:"pod_out"`
+	PortIn  *ebpf.ProgramSpec `ebpf:"port_in"`
 }
 
 // tcMapSpecs contains maps before they are loaded into the kernel.
@@ -104,6 +108,7 @@ type tcProgramSpecs struct {
 type tcMapSpecs struct {
 	Backends     *ebpf.MapSpec `ebpf:"backends"`
 	Changes      *ebpf.MapSpec `ebpf:"changes"`
+	Devices      *ebpf.MapSpec `ebpf:"devices"`
 	FlowLocks    *ebpf.MapSpec `ebpf:"flow_locks"`
 	Flows        *ebpf.MapSpec `ebpf:"flows"`
 	Frontends    *ebpf.MapSpec `ebpf:"frontends"`
@@ -113,6 +118,7 @@ type tcMapSpecs struct {
 	ServiceNames *ebpf.MapSpec `ebpf:"service_names"`
 	Services     *ebpf.MapSpec `ebpf:"services"`
 	Slots        *ebpf.MapSpec `ebpf:"slots"`
+	Vlans        *ebpf.MapSpec `ebpf:"vlans"`
 }
 
 // tcVariableSpecs contains global variables before they are loaded into the kernel.
@@ -148,6 +154,7 @@ func (o *tcObjects) Close() error {
 type tcMaps struct {
 	Backends     *ebpf.Map `ebpf:"backends"`
 	Changes      *ebpf.Map `ebpf:"changes"`
+	Devices      *ebpf.Map `ebpf:"devices"`
 	FlowLocks    *ebpf.Map `ebpf:"flow_locks"`
 	Flows        *ebpf.Map `ebpf:"flows"`
 	Frontends    *ebpf.Map `ebpf:"frontends"`
@@ -157,12 +164,14 @@ type tcMaps struct {
 	ServiceNames *ebpf.Map `ebpf:"service_names"`
 	Services     *ebpf.Map `ebpf:"services"`
 	Slots        *ebpf.Map `ebpf:"slots"`
+	Vlans        *ebpf.Map `ebpf:"vlans"`
 }
 
 func (m *tcMaps) Close() error {
 	return _TcClose(
 		m.Backends,
 		m.Changes,
+		m.Devices,
 		m.FlowLocks,
 		m.Flows,
 		m.Frontends,
@@ -172,6 +181,7 @@ func (m *tcMaps) Close() error {
 		m.ServiceNames,
 		m.Services,
 		m.Slots,
+		m.Vlans,
 	)
 }
 
@@ -194,6 +204,7 @@ type tcPrograms struct {
 	NodeOut *ebpf.Program `ebpf:"node_out"`
 	PodIn   *ebpf.Program `ebpf:"pod_in"`
 	PodOut  *ebpf.Program `ebpf:"pod_out"`
+	PortIn  *ebpf.Program `ebpf:"port_in"`
 }
 
 func (p *tcPrograms) Close() error {
@@ -202,6 +213,7 @@ func (p *tcPrograms) Close() error {
 		p.NodeOut,
 		p.PodIn,
 		p.PodOut,
+		p.PortIn,
 	)
 }
 

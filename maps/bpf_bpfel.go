@@ -56,6 +56,13 @@ type bpfChange struct {
 	Bytes      uint32
 }
 
+type bpfDevice struct {
+	_         structs.HostLayout
+	Bridge    uint32
+	BridgeMac [6]uint8
+	Pad       [2]uint8
+}
+
 type bpfFlow struct {
 	_               structs.HostLayout
 	To              bpfTuple
@@ -176,7 +183,10 @@ const (
 	bpfReasonREASON_DIRECT          bpfReason = 24
 	bpfReasonREASON_NEW_DIRECT      bpfReason = 25
 	bpfReasonREASON_SILENT_BACKEND  bpfReason = 26
-	bpfReasonREASON_COUNT           bpfReason = 27
+	bpfReasonREASON_DETOUR          bpfReason = 27
+	bpfReasonREASON_REDIRECT        bpfReason = 28
+	bpfReasonREASON_OTHER_DEVICE    bpfReason = 29
+	bpfReasonREASON_COUNT           bpfReason = 30
 )
 
 type bpfRecord struct {
@@ -227,12 +237,20 @@ type bpfTuple struct {
 	Pad             [3]uint8
 }
 
+type bpfVlanKey struct {
+	_      structs.HostLayout
+	Parent uint32
+	Id     uint16
+	Pad    uint16
+}
+
 // Names of all BPF objects in the ELF.
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
 	bpfMapBackends       = "backends"
 	bpfMapChanges        = "changes"
+	bpfMapDevices        = "devices"
 	bpfMapFlowLocks      = "flow_locks"
 	bpfMapFlows          = "flows"
 	bpfMapFrontends      = "frontends"
@@ -242,6 +260,7 @@ const (
 	bpfMapServiceNames   = "service_names"
 	bpfMapServices       = "services"
 	bpfMapSlots          = "slots"
+	bpfMapVlans          = "vlans"
 	bpfVarFlowFlagsNames = "flow_flags_names"
 	bpfVarFlowStateNames = "flow_state_names"
 	bpfVarReasonNames    = "reason_names"
@@ -298,6 +317,7 @@ type bpfProgramSpecs struct {
 type bpfMapSpecs struct {
 	Backends     *ebpf.MapSpec `ebpf:"backends"`
 	Changes      *ebpf.MapSpec `ebpf:"changes"`
+	Devices      *ebpf.MapSpec `ebpf:"devices"`
 	FlowLocks    *ebpf.MapSpec `ebpf:"flow_locks"`
 	Flows        *ebpf.MapSpec `ebpf:"flows"`
 	Frontends    *ebpf.MapSpec `ebpf:"frontends"`
@@ -307,6 +327,7 @@ type bpfMapSpecs struct {
 	ServiceNames *ebpf.MapSpec `ebpf:"service_names"`
 	Services     *ebpf.MapSpec `ebpf:"services"`
 	Slots        *ebpf.MapSpec `ebpf:"slots"`
+	Vlans        *ebpf.MapSpec `ebpf:"vlans"`
 }
 
 // bpfVariableSpecs contains global variables before they are loaded into the kernel.
@@ -341,6 +362,7 @@ func (o *bpfObjects) Close() error {
 type bpfMaps struct {
 	Backends     *ebpf.Map `ebpf:"backends"`
 	Changes      *ebpf.Map `ebpf:"changes"`
+	Devices      *ebpf.Map `ebpf:"devices"`
 	FlowLocks    *ebpf.Map `ebpf:"flow_locks"`
 	Flows        *ebpf.Map `ebpf:"flows"`
 	Frontends    *ebpf.Map `ebpf:"frontends"`
@@ -350,12 +372,14 @@ type bpfMaps struct {
 	ServiceNames *ebpf.Map `ebpf:"service_names"`
 	Services     *ebpf.Map `ebpf:"services"`
 	Slots        *ebpf.Map `ebpf:"slots"`
+	Vlans        *ebpf.Map `ebpf:"vlans"`
 }
 
 func (m *bpfMaps) Close() error {
 	return _BpfClose(
 		m.Backends,
 		m.Changes,
+		m.Devices,
 		m.FlowLocks,
 		m.Flows,
 		m.Frontends,
@@ -365,6 +389,7 @@ func (m *bpfMaps) Close() error {
 		m.ServiceNames,
 		m.Services,
 		m.Slots,
+		m.Vlans,
 	)
 }
 

@@ -40,6 +40,8 @@ type (
 	BackendState = bpfBackendState
 	Tuple        = bpfTuple
 	Flow         = bpfFlow
+	Device       = bpfDevice
+	VLANKey      = bpfVlanKey
 )
 
 // The states of a backend.
@@ -333,7 +335,7 @@ func (m *Maps) pointers() map[string]**ebpf.Map {
 		"frontends": &m.bpf.Frontends, "services": &m.bpf.Services, "service_names": &m.bpf.ServiceNames,
 		"slots": &m.bpf.Slots, "backends": &m.bpf.Backends, "flows": &m.bpf.Flows,
 		"pending": &m.bpf.Pending, "flow_locks": &m.bpf.FlowLocks, "changes": &m.bpf.Changes,
-		"reasons": &m.bpf.Reasons, "record": &m.bpf.Record,
+		"devices": &m.bpf.Devices, "vlans": &m.bpf.Vlans, "reasons": &m.bpf.Reasons, "record": &m.bpf.Record,
 	}
 }
 
@@ -564,6 +566,64 @@ func (m *Maps) EachHalf(in Table, yield func(Tuple, Flow) bool) error {
 		return each(m.bpf.Pending, yield)
 	}
 	return each(m.bpf.Flows, yield)
+}
+
+// SetDevice says which bridge a device is a port of.
+func (m *Maps) SetDevice(index uint32, d Device) error {
+	err := m.fault("devices")
+	if err == nil {
+		err = m.bpf.Devices.Put(index, d)
+	}
+	if err != nil {
+		return fmt.Errorf("write device %d: %w", index, err)
+	}
+	return nil
+}
+
+// DeleteDevice says that a device is no port of a bridge; that nothing was said is no error.
+func (m *Maps) DeleteDevice(index uint32) error {
+	err := m.fault("devices")
+	if err == nil {
+		err = m.bpf.Devices.Delete(index)
+	}
+	if err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+		return fmt.Errorf("delete device %d: %w", index, err)
+	}
+	return nil
+}
+
+// EachDevice calls yield for every port of a bridge, in no order, until it returns false.
+func (m *Maps) EachDevice(yield func(index uint32, d Device) bool) error {
+	return each(m.bpf.Devices, yield)
+}
+
+// SetVLAN says which device a VLAN of another has.
+func (m *Maps) SetVLAN(k VLANKey, index uint32) error {
+	err := m.fault("vlans")
+	if err == nil {
+		err = m.bpf.Vlans.Put(k, index)
+	}
+	if err != nil {
+		return fmt.Errorf("write VLAN %d of device %d: %w", k.Id, k.Parent, err)
+	}
+	return nil
+}
+
+// DeleteVLAN says that a VLAN has no device; that nothing was said is no error.
+func (m *Maps) DeleteVLAN(k VLANKey) error {
+	err := m.fault("vlans")
+	if err == nil {
+		err = m.bpf.Vlans.Delete(k)
+	}
+	if err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+		return fmt.Errorf("delete VLAN %d of device %d: %w", k.Id, k.Parent, err)
+	}
+	return nil
+}
+
+// EachVLAN calls yield for every VLAN that has a device, in no order, until it returns false.
+func (m *Maps) EachVLAN(yield func(k VLANKey, index uint32) bool) error {
+	return each(m.bpf.Vlans, yield)
 }
 
 // Reasons returns how many packets left the programs for each reason, by the reason's name.

@@ -49,6 +49,7 @@ type Role uint8
 const (
 	RoleNode Role = iota + 1 // node_in and node_out
 	RolePod                  // pod_in and pod_out
+	RolePort                 // port_in and pod_out
 )
 
 func (r Role) String() string {
@@ -57,6 +58,8 @@ func (r Role) String() string {
 		return "node"
 	case RolePod:
 		return "pod"
+	case RolePort:
+		return "port"
 	}
 	return fmt.Sprintf("role %d", uint8(r))
 }
@@ -67,6 +70,10 @@ type Attachment struct {
 	Name       string
 	Role       Role
 	LinkHeader int // as in Device
+	// Bridge is the index of the bridge that the device is a port of, of whatever role, and BridgeMAC is
+	// the bridge's; 0 none.
+	Bridge    int
+	BridgeMAC [6]byte
 }
 
 // Uncovered is a device without programs that replies can leave by, or that was meant to have programs.
@@ -90,7 +97,11 @@ func Select(s Snapshot, cfg Config) ([]Attachment, []Uncovered) {
 	for _, d := range s.Devices {
 		role, reason := c.role(d)
 		if role != 0 {
-			attach = append(attach, Attachment{Index: d.Index, Name: d.Name, Role: role, LinkHeader: d.LinkHeader})
+			bridge, _ := s.Bridge(d)
+			attach = append(attach, Attachment{
+				Index: d.Index, Name: d.Name, Role: role, LinkHeader: d.LinkHeader,
+				Bridge: bridge.Index, BridgeMAC: bridge.MAC,
+			})
 		} else if reason != "" {
 			uncovered = append(uncovered, Uncovered{Index: d.Index, Name: d.Name, Reason: reason})
 		}
@@ -101,6 +112,7 @@ func Select(s Snapshot, cfg Config) ([]Attachment, []Uncovered) {
 // classified is what the role of one device depends on in the others. The maps are by index.
 type classified struct {
 	Snapshot
+	named    []string     // patterns of --devices
 	node     map[int]bool // selected as the node's own, by name or by default
 	pod      map[int]bool // a pod's, by name
 	podPorts map[int]bool // a bridge that pods hang on
@@ -108,7 +120,7 @@ type classified struct {
 }
 
 func classify(s Snapshot, cfg Config) classified {
-	c := classified{s, map[int]bool{}, map[int]bool{}, map[int]bool{}, map[int]bool{}}
+	c := classified{s, cfg.Devices, map[int]bool{}, map[int]bool{}, map[int]bool{}, map[int]bool{}}
 	defaults, masters := map[int]bool{}, map[int]bool{}
 	for _, r := range s.Routes {
 		// An address of the link's own scope is no client's: services are reached by routed packets.
@@ -160,8 +172,11 @@ func (c classified) role(d Device) (Role, string) {
 	case c.node[d.Index]:
 		switch {
 		case c.podPorts[d.Index]:
-			return 0, "a bridge that pods hang on: programs belong on its ports, and here as well they would break " +
-				"connections; replies that leave by it are not translated; name its physical port with --devices"
+			if !matchAny(c.named, d.Name) {
+				return 0, "" // what leaves by it leaves by its ports, of which each speaks for itself
+			}
+			return 0, "refused: pods hang on this bridge, so the programs are on its ports, and on the bridge at " +
+				"once they would break connections; do not name it with --devices, but its physical port, if it has one"
 		case d.Kind == "vrf":
 			return 0, "a VRF: programs belong on its members; name them with --devices"
 		case isBond(master):
@@ -174,19 +189,20 @@ func (c classified) role(d Device) (Role, string) {
 		return RoleNode, ""
 	case c.pod[d.Index]:
 		if _, ok := c.Bridge(d); ok {
-			return 0, fmt.Sprintf("a bridge port (of %s): programs for bridge ports are not there yet; "+
-				"the pod behind it reaches no service, and its replies are not translated", master.Name)
+			return RolePort, ""
 		}
 		if !c.routed(d) {
 			return 0, fmt.Sprintf("a member of %s (%s), which does not route: the pod behind it reaches no service, "+
 				"and its replies are not translated", master.Name, master.Kind)
 		}
 		return RolePod, ""
+	case d.Up && c.podPorts[d.Master] && c.leaves[d.Master]:
+		return 0, fmt.Sprintf("a port of %s, a bridge that pods hang on: replies that leave by it are not translated, and "+
+			"clients behind it reach no service; name it with --devices, or with --pod-devices if a pod is behind it", master.Name)
 	case !d.Up || !c.leaves[d.Index] || d.Kind == "vrf": // what leaves by a VRF leaves by its members
 		return 0, ""
 	case c.podPorts[d.Index]:
-		return 0, "a bridge that pods hang on: replies to them leave by its ports, and programs for bridge ports " +
-			"are not there yet; those replies are not translated"
+		return 0, "" // as above
 	case d.Kind == "bridge":
 		return 0, "a bridge without programs: replies that leave by it are not translated, and clients behind it " +
 			"reach no service; unless pods hang on it, name it with --devices"

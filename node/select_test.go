@@ -135,8 +135,7 @@ func TestSelect(t *testing.T) {
 			name: "a bridge that pods hang on, and its ports",
 			host: []string{"dev eth0", "dev cni0 bridge", "dev veth1 veth master cni0", "dev veth2 veth master cni0",
 				"route 0.0.0.0/0 eth0", "route 10.244.0.0/24 cni0"},
-			want: []string{"node eth0", "uncovered cni0: a bridge that pods hang on",
-				"uncovered veth1: a bridge port (of cni0): programs for bridge ports are not there yet", "uncovered veth2: a bridge port"},
+			want: []string{"node eth0", "port veth1", "port veth2"},
 		},
 		{
 			name: "a bridge is no pod's device, even by name",
@@ -147,7 +146,7 @@ func TestSelect(t *testing.T) {
 			name:    "a pods' bridge that is named",
 			devices: "eth0,cni*",
 			host:    []string{"dev eth0", "dev cni0 bridge", "dev veth1 veth master cni0", "route 0.0.0.0/0 eth0"},
-			want:    []string{"node eth0", "uncovered cni0: programs belong on its ports", "uncovered veth1: a bridge port"},
+			want:    []string{"node eth0", "uncovered cni0: refused: pods hang on this bridge", "port veth1"},
 		},
 		{
 			name:    "a bridge whose only veth is named has no pods",
@@ -164,7 +163,26 @@ func TestSelect(t *testing.T) {
 			name: "the default route over the pods' own bridge: its physical port, not the bridge",
 			host: []string{"dev eth0 master br0", "dev br0 bridge", "dev veth1 veth master br0", "dev tap0 tun master br0",
 				"route 0.0.0.0/0 br0"},
-			want: []string{"node eth0", "uncovered br0: a bridge that pods hang on", "uncovered veth1: a bridge port"},
+			want: []string{"node eth0", "port veth1", "uncovered tap0: a port of br0, a bridge that pods hang on"},
+		},
+		{
+			name:    "its physical port is named, and nothing else",
+			devices: "eth0",
+			host:    []string{"dev eth0 master br0", "dev br0 bridge", "dev veth1 veth master br0", "route 0.0.0.0/0 br0"},
+			want:    []string{"node eth0", "port veth1"},
+		},
+		{
+			name:    "its physical port is not among those that are named",
+			devices: "wg0",
+			host: []string{"dev eth0 master br0", "dev br0 bridge", "dev veth1 veth master br0", "dev wg0 wireguard raw",
+				"route 0.0.0.0/0 br0"},
+			want: []string{"uncovered eth0: a port of br0", "port veth1", "node wg0 raw"},
+		},
+		{
+			name: "ports of a pods' bridge by which nothing leaves",
+			host: []string{"dev eth0", "dev br0 bridge", "dev veth1 veth master br0", "dev tap0 tun master br0 down",
+				"dev br1 bridge", "dev veth2 veth master br1", "dev tap1 tun master br1", "route 0.0.0.0/0 eth0", "route 10.244.0.0/24 br0"},
+			want: []string{"node eth0", "port veth1", "port veth2"},
 		},
 		{
 			name: "a bridge of something else",
@@ -327,5 +345,20 @@ func TestSnapshotHelpers(t *testing.T) {
 	}
 	if d, ok := s.Device(99); ok {
 		t.Errorf("device 99 is %v", d)
+	}
+}
+
+func TestSelectBridge(t *testing.T) {
+	s := host(t, "dev eth0 master br0", "dev br0 bridge", "dev veth1 veth master br0", "dev veth2 veth", "route 0.0.0.0/0 br0")
+	mac := [6]byte{2, 0, 0, 0, 0, 7}
+	s.Devices[2].MAC = mac
+	attach, _ := Select(s, Config{PodDevices: []string{"veth*"}})
+	want := []Attachment{
+		{Index: 2, Name: "eth0", Role: RoleNode, LinkHeader: 14, Bridge: 3, BridgeMAC: mac},
+		{Index: 4, Name: "veth1", Role: RolePort, LinkHeader: 14, Bridge: 3, BridgeMAC: mac},
+		{Index: 5, Name: "veth2", Role: RolePod, LinkHeader: 14},
+	}
+	if diff := cmp.Diff(want, attach); diff != "" {
+		t.Errorf("-want +got:\n%s", diff)
 	}
 }

@@ -25,6 +25,7 @@ import (
 //	  of the node      10.244.1.0/24              fd00:244:1::/64
 //	  backends         10.244.1.11, .12, ...      fd00:244:1::11, ::12, ...
 //	  client pods      10.244.1.101, .102, ...    fd00:244:1::101, ::102, ...
+//	  cni0, of Bridge  10.244.1.1                 fd00:244:1::1
 //	services           10.96.0.0/16               fd00:96::/112
 //	load balancers     198.51.100.0/24            fd00:1b::/112
 //	external           203.0.113.0/24             fd00:e::/112
@@ -45,6 +46,11 @@ const (
 	nodeAddress6        = "fd00:c::1"
 	gateway4            = "169.254.1.1"               // of every pod, answered for by proxy ARP
 	gateway6            = "fe80::ecee:eeff:feee:eeee" // of every pod, from gatewayMAC
+	bridgeAddress4      = "10.244.1.1"                // gateway of every pod of a bridge
+	bridgeAddress6      = "fd00:244:1::1"             //
+	bridgePrefix4       = 24                          // length
+	bridgePrefix6       = 64                          //
+	bridge              = "cni0"                      //
 	uplink              = "eth0"                      // as is the device of a client and of a pod
 	maxClients, maxPods = 200, 89
 )
@@ -57,6 +63,11 @@ type Config struct {
 	ClientAddresses int // of the outside client, in each family; 0 is 1
 	Backends        int // pods that the rules let others connect to
 	ClientPods      int // pods that nobody may connect to
+
+	// Bridge has the pods hang on a bridge of the node, in one network with it, as the bridge CNI makes them.
+	// BridgeNetfilter has the node's rules see what the bridge carries from pod to pod
+	// (bridge-nf-call-iptables, bridge-nf-call-ip6tables).
+	Bridge, BridgeNetfilter bool
 
 	ReversePath  ReversePath // rp_filter of the node
 	NoRules      bool        // no rule set on the node, so no connection tracking
@@ -113,7 +124,8 @@ func (h *Host) Addr(family int) netip.Addr {
 //	client eth0 ---- eth0 node veth0, veth1, ... ---- eth0 pod
 //
 // The node forwards and is the client's and the pods' gateway; the client is the node's. A pod's link is made
-// as Calico makes it: /32 and /128 routes on the node, no bridge, proxy ARP for the pod's gateway.
+// as Calico makes it: /32 and /128 routes on the node, no bridge, proxy ARP for the pod's gateway. With
+// Config.Bridge veth0, veth1, ... are ports of the bridge cni0, and pods reach each other by it.
 type Lab struct {
 	Config     Config
 	Client     *Host
@@ -171,6 +183,11 @@ func (l *Lab) build(ctx context.Context) (err error) {
 	if err := l.addClient(); err != nil {
 		return fmt.Errorf("add the client: %w", err)
 	}
+	if c.Bridge {
+		if err := l.addBridge(); err != nil {
+			return fmt.Errorf("add the bridge: %w", err)
+		}
+	}
 	for i := range c.Backends {
 		pod, err := l.addPod(fmt.Sprintf("backend%d", i), i, 11+i)
 		if err != nil {
@@ -226,6 +243,45 @@ func (l *Lab) addClient() (err error) {
 		l.Client.addRoute(uplink, netip.Prefix{}, l.Node.IPv6))
 }
 
+func (l *Lab) addBridge() error {
+	attributes := netlink.NewLinkAttrs()
+	// Given, it stays when ports come and go; the bridge CNI does so as well.
+	attributes.Name, attributes.HardwareAddr = bridge, net.HardwareAddr{0x02, 0, 0, 0, 0, 0xb0}
+	if err := l.Node.links.LinkAdd(&netlink.Bridge{LinkAttrs: attributes}); err != nil {
+		return err
+	}
+	if err := l.Node.setUp(bridge); err != nil {
+		return err
+	}
+	on := "0"
+	if l.Config.BridgeNetfilter {
+		on = "1"
+	}
+	return errors.Join(
+		l.Node.sysctls([][2]string{{"net.bridge.bridge-nf-call-iptables", on}, {"net.bridge.bridge-nf-call-ip6tables", on}}),
+		l.Node.addAddresses(bridge, withBits(netip.MustParseAddr(bridgeAddress4), bridgePrefix4),
+			withBits(netip.MustParseAddr(bridgeAddress6), bridgePrefix6)))
+}
+
+// join makes a pod's link a port of the bridge.
+func (l *Lab) join(p *Host) error {
+	master, err := l.Node.links.LinkByName(bridge)
+	if err != nil {
+		return fmt.Errorf("find %s: %w", bridge, err)
+	}
+	port, err := l.Node.links.LinkByName(p.NodeDevice)
+	if err == nil {
+		err = l.Node.links.LinkSetMaster(port, master)
+	}
+	if err != nil {
+		return fmt.Errorf("make %s a port of %s: %w", p.NodeDevice, bridge, err)
+	}
+	return errors.Join(
+		p.addAddresses(uplink, withBits(p.IPv4, bridgePrefix4), withBits(p.IPv6, bridgePrefix6)),
+		p.addRoute(uplink, netip.Prefix{}, netip.MustParseAddr(bridgeAddress4)),
+		p.addRoute(uplink, netip.Prefix{}, netip.MustParseAddr(bridgeAddress6)))
+}
+
 // addPod adds a pod whose link is number `device` of the node; its addresses end in `number`, which the IPv6
 // one writes in decimal too.
 func (l *Lab) addPod(name string, device, number int) (*Host, error) {
@@ -235,6 +291,12 @@ func (l *Lab) addPod(name string, device, number int) (*Host, error) {
 		return nil, err
 	}
 	p.NodeDevice = fmt.Sprintf("veth%d", device)
+	if l.Config.Bridge {
+		if err := l.connect(p, nil); err != nil {
+			return nil, err
+		}
+		return p, l.join(p)
+	}
 	if err := l.connect(p, gatewayMAC()); err != nil {
 		return nil, err
 	}

@@ -170,6 +170,65 @@ func TestDirect(t *testing.T) {
 	}
 }
 
+// TestBridge: pods of a bridge reach what the rules allow; each other past the stack, whose rules see it
+// nevertheless if BridgeNetfilter says so.
+func TestBridge(t *testing.T) {
+	for name, c := range map[string]Config{
+		"unseen": {Bridge: true, TxChecksum: OffloadOff},
+		"seen":   {Bridge: true, BridgeNetfilter: true, Masquerade: true, Segmentation: OffloadOn},
+	} {
+		t.Run(name, func(t *testing.T) {
+			c.Backends, c.ClientPods = 2, 2
+			l := NewLab(t, c)
+			l.CheckWhenDone(t)
+			for _, h := range append(l.Backends, l.ClientPods[1]) {
+				serve(t, h)
+			}
+			capture, err := Capture(l.Backends[1].Namespace, "eth0")
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer capture.Close()
+			for _, family := range []int{4, 6} {
+				for _, from := range []*Host{l.Client, l.ClientPods[0], l.Backends[0]} {
+					reach(t, from, l.Backends[1], family)
+				}
+				// What the rules refuse.
+				before, err := l.Counters(t.Context())
+				if err != nil {
+					t.Fatal(err)
+				}
+				to := netip.AddrPortFrom(l.ClientPods[1].Addr(family), 7)
+				e, err := DialEcho(timeout(t, 300*time.Millisecond), l.ClientPods[0].Namespace, netip.AddrPort{}, to)
+				if err == nil {
+					e.Reset()
+				}
+				after, countErr := l.Counters(t.Context())
+				if refused := after.Refused - before.Refused; countErr != nil || (err != nil) != c.BridgeNetfilter || (refused != 0) != c.BridgeNetfilter {
+					t.Errorf("from pod to pod on the bridge: %v; the rules refused %d packets (%v)", err, refused, countErr)
+				}
+			}
+			frames, err := capture.All()
+			if err != nil {
+				t.Fatal(err)
+			}
+			ttls := map[netip.Addr]uint8{}
+			for _, f := range frames {
+				if p, err := Parse(f.Data); err == nil && !f.Outgoing && p.Protocol == TCP {
+					ttls[p.Source.Addr()] = p.TTL
+				}
+			}
+			for _, family := range []int{4, 6} {
+				for from, want := range map[*Host]uint8{l.Client: 63, l.ClientPods[0]: 64, l.Backends[0]: 64} {
+					if got := ttls[from.Addr(family)]; got != want {
+						t.Errorf("packets of %s come with TTL %d, want %d", from.Name, got, want)
+					}
+				}
+			}
+		})
+	}
+}
+
 func TestMasquerade(t *testing.T) {
 	l := NewLab(t, Config{ClientPods: 1, Masquerade: true, MasqueradeTo: "10000-10009"})
 	l.CheckWhenDone(t)

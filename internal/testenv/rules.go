@@ -39,11 +39,13 @@ table inet strict {
 	}
 	chain invalid_output {
 		type filter hook output priority mangle; policy accept;
+{{outputBridged}}
 		ct state invalid counter name invalid drop
 	}
 	chain forward {
 		type filter hook forward priority filter; policy drop;
 		ct state established,related accept
+{{forwardBridged}}
 		ip saddr { {{clients4}} } ip daddr @backends4 accept
 		ip6 saddr { {{clients6}} } ip6 daddr @backends6 accept
 {{forwardOutside}}
@@ -105,7 +107,16 @@ func (l *Lab) strictRules() string {
 		outside = "\t\tip saddr " + PodCIDR4 + " ip daddr " + outsideCIDR4 + " accept\n" +
 			"\t\tip6 saddr " + PodCIDR6 + " ip6 daddr " + outsideCIDR6 + " accept"
 	}
+	forwardBridged, outputBridged := "", ""
+	if l.Config.Bridge {
+		// Where the rules see what the bridge carries, that is how pods find each other.
+		forwardBridged = "\t\ticmpv6 type { nd-neighbor-solicit, nd-neighbor-advert } accept"
+		// What the stack says about packets that leave as they came, by the bridge, is invalid to its own
+		// connection tracking (6.18).
+		outputBridged = "\t\ticmpv6 type nd-redirect accept"
+	}
 	return strings.NewReplacer(
+		"{{forwardBridged}}", forwardBridged, "{{outputBridged}}", outputBridged,
 		"{{vips4}}", ServiceCIDR4+", "+LoadBalancerCIDR4+", "+ExternalCIDR4,
 		"{{vips6}}", ServiceCIDR6+", "+LoadBalancerCIDR6+", "+ExternalCIDR6,
 		"{{node4}}", l.Node.IPv4.String(), "{{node6}}", l.Node.IPv6.String(),
