@@ -50,6 +50,14 @@ const (
 	BackendRemoved  = bpfBackendStateBACKEND_REMOVED
 )
 
+// Where a flow applies, and which half of it an entry is.
+const (
+	AtIngress   = bpfFlowHookAT_INGRESS
+	AtEgress    = bpfFlowHookAT_EGRESS
+	RoleForward = bpfFlowRoleROLE_FORWARD
+	RoleReply   = bpfFlowRoleROLE_REPLY
+)
+
 // The flags of a flow's state.
 const (
 	FlowClientFIN  = uint8(bpfFlowStateFLOW_CLIENT_FIN)
