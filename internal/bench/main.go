@@ -20,6 +20,7 @@ import (
 type sizes struct {
 	rounds, packets int
 	flows           []uint32 // numbers of established flows, ascending powers of two
+	cold            bool     // no packets before those that count
 	main            uint32   // that one of them by which all else is measured
 }
 
@@ -27,6 +28,7 @@ func main() {
 	s := sizes{flows: []uint32{1, 1 << 12, 1 << 16, 1 << 19}, main: 1 << 16}
 	flag.IntVar(&s.rounds, "rounds", 11, "how often each program is measured")
 	flag.IntVar(&s.packets, "packets", 1<<16, "packets a measurement")
+	flag.BoolVar(&s.cold, "cold", false, "measure from the first packet on: all others' packets came between")
 	flag.Parse()
 	if err := run(os.Stdout, s); err != nil {
 		fmt.Fprintln(os.Stderr, "bench:", err)
@@ -40,7 +42,7 @@ func run(w io.Writer, s sizes) error {
 	if err := b.prepare(); err != nil {
 		return err
 	}
-	if err := measure(b.tests, s.rounds, s.packets); err != nil {
+	if err := measure(b.tests, s); err != nil {
 		return err
 	}
 	b.print()

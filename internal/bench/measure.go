@@ -36,14 +36,14 @@ type test struct {
 	shares map[string]uint64
 }
 
-// measure runs every test once a round, with `packets` a time, in another order each round: what ran before
-// has its part in what is in the caches.
-func measure(tests []*test, rounds, packets int) error {
+// measure runs every test once a round, in another order each round: what ran before has its part in what is
+// in the caches.
+func measure(tests []*test, s sizes) error {
 	order := rand.New(rand.NewPCG(1, 1))
-	for range rounds {
+	for range s.rounds {
 		for _, i := range order.Perm(len(tests)) {
 			t := tests[i]
-			ns, err := t.run(packets)
+			ns, err := t.run(s.packets, s.cold)
 			if err != nil {
 				return fmt.Errorf("%s, %s, %d flows: %w", t.program, t.family, t.flows, err)
 			}
@@ -53,7 +53,7 @@ func measure(tests []*test, rounds, packets int) error {
 	return nil
 }
 
-func (t *test) run(packets int) (float64, error) {
+func (t *test) run(packets int, cold bool) (float64, error) {
 	if t.before != nil {
 		if err := t.before(); err != nil {
 			return 0, err
@@ -72,7 +72,7 @@ func (t *test) run(packets int) (float64, error) {
 	if t.flows < 4096 {
 		warm = packets / 4
 	}
-	if t.before != nil {
+	if cold || t.before != nil {
 		warm = 0 // what is measured happens once to each flow
 	}
 	cpus, err := allowedCPUs()
