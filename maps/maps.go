@@ -42,20 +42,20 @@ type (
 	Flow         = bpfFlow
 )
 
-// The states of a backend.
-const (
-	BackendFree     = bpfBackendStateBACKEND_FREE
-	BackendActive   = bpfBackendStateBACKEND_ACTIVE
-	BackendDraining = bpfBackendStateBACKEND_DRAINING
-	BackendRemoved  = bpfBackendStateBACKEND_REMOVED
-)
-
 // Where a flow applies, and which half of it an entry is.
 const (
 	AtIngress   = bpfFlowHookAT_INGRESS
 	AtEgress    = bpfFlowHookAT_EGRESS
 	RoleForward = bpfFlowRoleROLE_FORWARD
 	RoleReply   = bpfFlowRoleROLE_REPLY
+)
+
+// The states of a backend.
+const (
+	BackendFree     = bpfBackendStateBACKEND_FREE
+	BackendActive   = bpfBackendStateBACKEND_ACTIVE
+	BackendDraining = bpfBackendStateBACKEND_DRAINING
+	BackendRemoved  = bpfBackendStateBACKEND_REMOVED
 )
 
 // The flags of a flow's state.
