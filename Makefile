@@ -7,7 +7,7 @@ CLANG_FORMAT ?= clang-format-19
 GOTESTFLAGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test fuzz lint generate generated-current deps deps-generate clean
+.PHONY: help build demo test bench fuzz lint generate generated-current deps deps-generate clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -20,6 +20,9 @@ demo: deps ## a lab on this machine: the agent balances real clients over real s
 
 test: deps ## every test: unit, script, program and node rungs
 	$(GO) test -timeout 20m $(GOTESTFLAGS) ./...
+
+bench: ## ns a packet, beside programs that do only part of the work (docs/performance.md)
+	$(GO) run ./internal/bench
 
 fuzz: ## each fuzz target for FUZZTIME (30s)
 	@for package in $$($(GO) list ./...); do \
@@ -36,10 +39,10 @@ lint: deps-generate ## go vet, staticcheck, gofmt, clang-format
 	$(CLANG_FORMAT) --dry-run -Werror bpf/*.c bpf/*.h
 
 generate: deps-generate ## the BPF objects and their Go types, from bpf/ (clang 19)
-	$(GO) generate ./maps ./loader
+	$(GO) generate ./maps ./loader ./internal/bench
 
 generated-current: generate ## fail unless the committed objects are those of bpf/
-	git diff --exit-code -- maps loader
+	git diff --exit-code -- maps loader internal/bench
 
 # Tools are installed only where one is missing, so that a second run costs nothing.
 deps: ## what tests and demo call: nft, ethtool, bpftool

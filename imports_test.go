@@ -31,6 +31,7 @@ var folders = map[string][]string{
 	// The command line reads what it shows where it is: pinned maps, this kernel, this host, manifests.
 	"cmd/lbagent":      {"lb", "maps", "loader", "node", "source", "source/manifest", "resolve", "api", "agent"},
 	"internal/testenv": {},
+	"internal/bench":   {"lb", "maps", "loader", "internal/testenv"},
 	"examples/demo":    {"api", "internal/testenv"}, // it runs the command line, as a user does
 }
 
@@ -39,7 +40,7 @@ var outsiders = map[string][]string{
 	"k8s.io/":                        {"source", "source/manifest", "resolve"},
 	"github.com/vishvananda/netlink": {"loader", "node", "internal/testenv"},
 	"github.com/vishvananda/netns":   {"loader", "node", "internal/testenv"},
-	"golang.org/x/sys/unix":          {"maps", "loader", "node", "internal/testenv"}, // maps: mmap, flock, membarrier
+	"golang.org/x/sys/unix":          {"maps", "loader", "node", "internal/testenv", "internal/bench"}, // maps: mmap, flock, membarrier
 }
 
 // TestImports holds the rule that data goes one way. Tests of a folder may import what they like.

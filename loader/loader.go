@@ -195,6 +195,10 @@ func (l *Loader) configure(spec *ebpf.CollectionSpec, linkHeader int) error {
 	return nil
 }
 
+// Configure sets in the spec of other programs, which include bpf/config.h as well, what those for Ethernet
+// devices were loaded with, so that the two can be measured side by side.
+func (l *Loader) Configure(spec *ebpf.CollectionSpec) error { return l.configure(spec, 14) }
+
 // Programs returns the programs for Ethernet devices by name, for tests that run them.
 func (l *Loader) Programs() map[string]*ebpf.Program {
 	p := l.byHeader[14]

@@ -44,6 +44,14 @@ type (
 	VLANKey      = bpfVlanKey
 )
 
+// Where a flow applies, and which half of it an entry is.
+const (
+	AtIngress   = bpfFlowHookAT_INGRESS
+	AtEgress    = bpfFlowHookAT_EGRESS
+	RoleForward = bpfFlowRoleROLE_FORWARD
+	RoleReply   = bpfFlowRoleROLE_REPLY
+)
+
 // The states of a backend.
 const (
 	BackendFree     = bpfBackendStateBACKEND_FREE
