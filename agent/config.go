@@ -44,7 +44,7 @@ func (c *Config) Defaults() {
 	c.Sizes = maps.Sizes{
 		Frontends: cmp.Or(c.Sizes.Frontends, sizes.Frontends), Services: cmp.Or(c.Sizes.Services, sizes.Services),
 		Slots: cmp.Or(c.Sizes.Slots, sizes.Slots), Backends: cmp.Or(c.Sizes.Backends, sizes.Backends),
-		Flows: cmp.Or(c.Sizes.Flows, sizes.Flows),
+		Flows: c.Sizes.Flows, // 0: what is pinned, or what fits the memory
 	}
 	c.SilentBackend = cmp.Or(c.SilentBackend, 5*time.Second)
 	c.SweepInterval = cmp.Or(c.SweepInterval, sweepInterval)
@@ -92,6 +92,9 @@ func (c Config) Validate() error {
 		{"max-backends", c.Sizes.Backends, 2}, {"max-slots", c.Sizes.Slots, 2},
 	} {
 		const most = 1 << 26 // beyond that the kernel's own limits are near, and a mistake is likelier
+		if size.flag == "flows" && size.value == 0 {
+			continue
+		}
 		if size.value < size.least || size.value > most {
 			wrong(size.flag, "%d is not between %d and %d", size.value, size.least, most)
 		}

@@ -93,7 +93,8 @@ var (
 	ErrNotPinned = errors.New("no pinned maps")
 )
 
-// Sizes are the largest numbers of entries; 0 is the default of bpf/maps.h.
+// Sizes are the largest numbers of entries; 0 is the default of bpf/maps.h, but for Flows in Open: there it is
+// what is pinned, or else what fits the machine's memory.
 type Sizes struct {
 	Frontends, Services, Slots, Backends, Flows uint32
 }
@@ -188,12 +189,47 @@ func Open(dir string, sizes Sizes) (*Maps, error) {
 		lock.Close()
 		return nil, err
 	}
+	if sizes.Flows == 0 {
+		if sizes.Flows, err = flowsOf(dir); err != nil {
+			lock.Close()
+			return nil, err
+		}
+	}
 	m := &Maps{lock: lock, sizes: sizes}
 	if err := m.load(ebpf.CollectionOptions{Maps: ebpf.MapOptions{PinPath: dir}}); err != nil {
 		lock.Close()
 		return nil, err
 	}
 	return m, m.start(unix.PROT_READ | unix.PROT_WRITE)
+}
+
+// flowsOf returns the size of the flow table where none is asked for: that of the one which is pinned, so that
+// nothing is lost where the machine's memory has changed, else what fits the memory.
+func flowsOf(dir string) (uint32, error) {
+	pinned, err := ebpf.LoadPinnedMap(filepath.Join(dir, "flows"), nil)
+	if err == nil {
+		defer pinned.Close()
+		return pinned.MaxEntries(), nil
+	}
+	if !errors.Is(err, fs.ErrNotExist) {
+		return 0, fmt.Errorf("open pinned map flows: %w", err)
+	}
+	var info unix.Sysinfo_t
+	if err := unix.Sysinfo(&info); err != nil {
+		return 0, fmt.Errorf("read the size of the memory: %w", err)
+	}
+	return flowsFor(uint64(info.Totalram) * uint64(info.Unit)), nil
+}
+
+// flowsFor returns how many entries the flow table has on a machine with so many bytes of memory: what a
+// four-hundredth of it can hold, as a power of two.
+func flowsFor(memory uint64) uint32 {
+	const entry, least, most = 192, 1 << 14, 1 << 22
+	n := uint64(least)
+	for n < most && 2*n*entry <= memory/400 {
+		n *= 2
+	}
+	return uint32(n)
 }
 
 // Read opens the maps pinned in `dir` to read them, also while an agent runs. The result must not be written

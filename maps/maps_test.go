@@ -285,6 +285,30 @@ func TestEachReadsAll(t *testing.T) {
 	}
 }
 
+// TestFlowsFor: the flow table grows with the memory, and never so that a restart meets another size.
+func TestFlowsFor(t *testing.T) {
+	for memory, want := range map[uint64]uint32{
+		0: 16384, 1 << 30: 16384, 2 << 30: 16384, 4 << 30: 32768, 16 << 30: 131072, 24 << 30: 262144, 24<<30 - 1<<28: 262144,
+		1 << 40: 4194304, 1 << 45: 4194304,
+	} {
+		if got := flowsFor(memory); got != want {
+			t.Errorf("%d MiB: %d entries, want %d", memory>>20, got, want)
+		}
+	}
+	dir := pinDir(t)
+	m, err := Open(dir, small)
+	must(t, err)
+	must(t, m.Close())
+	sizes := small
+	sizes.Flows = 0
+	m, err = Open(dir, sizes)
+	must(t, err)
+	if got := m.Sizes().Flows; got != small.Flows {
+		t.Errorf("%d entries, %d are pinned", got, small.Flows)
+	}
+	must(t, m.Close())
+}
+
 func TestGrace(t *testing.T) {
 	must(t, Grace())
 }

@@ -41,7 +41,7 @@ func newRun(p *places) *cobra.Command {
 	f.StringSliceVar(&c.Devices.Devices, "devices", c.Devices.Devices, "`patterns` of the node's own devices (default those with a default route, and overlay devices)")
 	f.StringSliceVar(&c.Devices.PodDevices, "pod-devices", c.Devices.PodDevices, "`patterns` of the host's ends of pods' devices")
 	f.Var((*durationOrOff)(&c.SilentBackend), "silent-backend-timeout", "`time` that a TCP backend which is gone from every EndpointSlice may leave a segment unanswered before its client is told by a reset; 0: at once, off: never")
-	f.Uint32Var(&c.Sizes.Flows, "flows", c.Sizes.Flows, "largest `number` of entries of the flow table, two to a connection, and a quarter as many for those that begin; the least recently used make room")
+	f.Uint32Var(&c.Sizes.Flows, "flows", c.Sizes.Flows, "largest `number` of entries of the flow table, two to a connection, and a quarter as many for those that begin; the least recently used make room (default what the pinned one has, else a four-hundredth of the memory)")
 	f.Uint32Var(&c.Sizes.Services, "max-services", c.Sizes.Services, "largest `number` of services, one to a port and family of a Service")
 	f.Uint32Var(&c.Sizes.Frontends, "max-frontends", c.Sizes.Frontends, "largest `number` of addresses that services are reached at")
 	f.Uint32Var(&c.Sizes.Backends, "max-backends", c.Sizes.Backends, "largest `number` of backends of all services")
