@@ -94,6 +94,7 @@ func (a *agent) run(ctx context.Context) error {
 			a.reconciler.BeginSweep()
 		case w := <-a.sweepEnds:
 			a.endSweep(w)
+			a.attach() // others' filters, and what others did to ours, are told by nobody
 		case <-changed: // problems or what is held
 		case <-a.release.due():
 			a.letGo(ctx)

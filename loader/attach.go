@@ -110,7 +110,7 @@ func sorted[V any](m map[hook]V) []hook {
 // adopt opens the links that an earlier process has pinned, once, so that they are replaced or taken away
 // as if they were ours. Pins whose device is gone are removed.
 func (l *Loader) adopt() error {
-	if l.clsact && !l.adopted {
+	if !l.adopted {
 		if err := l.adoptFilters(); err != nil {
 			return err
 		}
@@ -140,9 +140,9 @@ func (l *Loader) adopt() error {
 		if err != nil {
 			return fmt.Errorf("open pinned link %s: %w", e.Name(), err)
 		}
-		// Its device is gone, or a crash has left the program of another role beside this one.
-		if !alive(pinned, h) || held && alive(a.link, h) {
-			if err := errors.Join(pinned.Close(), os.Remove(path)); err != nil {
+		// Its device is gone, or a crash has left the program of another role or a filter beside this one.
+		if !alive(pinned, h) || held && (a.link == nil || alive(a.link, h)) {
+			if err := errors.Join(detachLink(pinned, h), pinned.Close(), os.Remove(path)); err != nil {
 				return fmt.Errorf("remove the stale pin %s: %w", e.Name(), err)
 			}
 			continue
@@ -156,7 +156,7 @@ func (l *Loader) adopt() error {
 	return nil
 }
 
-// adoptFilters is adopt for clsact, where the kernel keeps the filters and there is no pin.
+// adoptFilters is adopt for clsact filters, which the kernel keeps without a pin.
 func (l *Loader) adoptFilters() error {
 	devices, err := netlink.LinkList()
 	if err != nil {
@@ -206,28 +206,33 @@ func (l *Loader) attach(h hook, d Device) (err error) {
 	if err != nil {
 		return err
 	}
+	filter, err := l.wantsFilter(h)
+	if err != nil {
+		return fmt.Errorf("list filters of %s: %w", d.Name, err)
+	}
+	if held && a.link != nil && !alive(a.link, h) {
+		l.drop(h, a)
+		held = false
+	}
 	switch {
-	case held && a.device != "" && a.program == name && (a.link == nil || alive(a.link, h)):
-		if a.link != nil {
-			return nil // ours, in place
-		}
-		// A filter may have been taken away by others; setting it again is cheap and atomic.
-	case held && a.program != name:
-		// The device has another role than before. Ours first, then the old one goes, so no packet
-		// is without a program; both at once are harmless, the second finds nothing to do.
+	case !held:
+	case a.program != name || filter != (a.link == nil):
+		// The device has another role than before, or its filters have changed. Ours first, then the old
+		// one goes, so no packet is without a program; both at once are harmless, the second finds
+		// nothing to do.
 		defer func() {
 			if err == nil {
 				err = l.drop(h, a)
 			}
 		}()
 		held = false
-	case held && a.link != nil && !alive(a.link, h):
-		l.drop(h, a)
-		held = false
+	case a.device != "" && !filter:
+		return nil // ours, in place
+		// A filter may have been taken away by others; setting it again is cheap and atomic.
 	}
 
 	next := attachment{device: d.Name, program: name}
-	if l.clsact {
+	if filter {
 		err = l.setFilter(h, name, program)
 	} else if held && a.link != nil {
 		err = a.link.Update(program) // the upgrade: one call, no packet is without a program
@@ -243,6 +248,24 @@ func (l *Loader) attach(h hook, d Device) (err error) {
 	}
 	l.hooks[h] = next
 	return nil
+}
+
+// wantsFilter tells whether a hook's program is to be a clsact filter: before 6.6, and at egress where others have
+// filters, since tcx programs run before every filter, and the others are to see real addresses.
+func (l *Loader) wantsFilter(h hook) (bool, error) {
+	if l.clsact || h.ingress {
+		return l.clsact, nil
+	}
+	dev, err := netlink.LinkByIndex(h.device)
+	if err != nil {
+		return false, ignoreGone(err)
+	}
+	others := false
+	err = eachFilter(dev, func(f netlink.Filter, program string) error {
+		others = others || program == "" && f.Attrs().Parent == netlink.HANDLE_MIN_EGRESS
+		return nil
+	})
+	return others, err
 }
 
 func (l *Loader) program(h hook, d Device) (string, *ebpf.Program, error) {

@@ -344,6 +344,64 @@ func TestOthers(t *testing.T) {
 	h.expect(10, "ingress other", "egress other")
 }
 
+// TestOthersFilters: tcx programs run before every clsact filter, so where others have filters at egress ours is the
+// last of those, for as long as they are there, over a restart too.
+func TestOthersFilters(t *testing.T) {
+	h := newHost(t)
+	other, err := ebpf.NewProgram(&ebpf.ProgramSpec{
+		Name: "other", Type: ebpf.SchedCLS, License: "GPL",
+		Instructions: asm.Instructions{asm.Mov.Imm(asm.R0, -1), asm.Return()},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer other.Close()
+	filter := &netlink.BpfFilter{
+		FilterAttrs: netlink.FilterAttrs{LinkIndex: 10, Parent: netlink.HANDLE_MIN_EGRESS, Handle: 1, Protocol: unix.ETH_P_ALL, Priority: 49152},
+		Fd:          other.FD(), Name: "other", DirectAction: true,
+	}
+	qdisc := &netlink.GenericQdisc{
+		QdiscAttrs: netlink.QdiscAttrs{LinkIndex: 10, Handle: netlink.MakeHandle(0xffff, 0), Parent: netlink.HANDLE_CLSACT}, QdiscType: "clsact",
+	}
+	add := func() {
+		h.do(func() error { return errors.Join(netlink.QdiscReplace(qdisc), netlink.FilterReplace(filter)) })
+	}
+	alone := []string{"ingress node_in", "egress node_out"}
+	beside := []string{"ingress node_in", "egress other", "egress lbagent/node_out"}
+	l := h.load(false)
+	h.set(l, up0)
+	h.expect(10, alone...)
+	add()
+	h.set(l, up0)
+	h.expect(10, beside...)
+	if pins := h.pins(); !slices.Equal(pins, []string{"node_in_10"}) {
+		t.Errorf("pins %v", pins)
+	}
+	h.set(l, up0)
+	h.expect(10, beside...)
+	l.Close()
+	l = h.load(false)
+	h.set(l, up0)
+	h.expect(10, beside...)
+	h.do(func() error { return netlink.FilterDel(filter) })
+	h.set(l, up0)
+	h.expect(10, alone...)
+
+	// Gone while no agent ran.
+	add()
+	h.set(l, up0)
+	l.Close()
+	h.do(func() error { return netlink.FilterDel(filter) })
+	l = h.load(false)
+	h.set(l, up0)
+	h.expect(10, alone...)
+
+	add()
+	h.set(l, up0)
+	h.set(l)
+	h.expect(10, "egress other")
+}
+
 func TestCleanup(t *testing.T) {
 	methods(t, func(t *testing.T, clsact bool, name func(string) string) {
 		h := newHost(t)

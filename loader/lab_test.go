@@ -6,6 +6,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
+	"net"
 	"net/netip"
 	"sync"
 	"testing"
@@ -15,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/lbagent/lbagent/internal/testenv"
+	"github.com/lbagent/lbagent/lb"
 	"github.com/lbagent/lbagent/loader"
 	"github.com/lbagent/lbagent/maps"
 )
@@ -326,5 +329,91 @@ func TestReset(t *testing.T) {
 			}
 			all.Wait()
 		})
+	}
+}
+
+// TestLostHalfOfConnection: the table loses one half of an established connection. Whoever speaks first after a
+// second of silence, it goes on.
+func TestLostHalfOfConnection(t *testing.T) {
+	l := newLab(t, testenv.Config{Backends: 1})
+	for family, vip := range l.vips {
+		backend := netip.AddrPortFrom(l.Backends[0].Addr(family), echoPort)
+		vip = netip.AddrPortFrom(vip.Addr(), 7)
+		listener, err := l.Backends[0].Listen(t.Context(), "tcp", backend.String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer listener.Close()
+		id := uint32(100 + family)
+		l.rig.identity(backend)
+		l.rig.backend(id, id-98, backend, maps.BackendActive, 1)
+		l.rig.slots(id-98, id)
+		l.rig.frontend(vip, id-98)
+		for _, lost := range []string{"forward", "reply"} {
+			for _, first := range []string{"client", "backend"} {
+				for _, tables := range [][]string{{"flows"}, {"flows", "pending"}} {
+					t.Run(fmt.Sprintf("v%d/%s lost from %v/%s first", family, lost, tables, first), func(t *testing.T) {
+						client, err := l.Client.DialContext(l.context(), "tcp", vip.String())
+						if err != nil {
+							t.Fatal(err)
+						}
+						defer client.Close()
+						server, err := listener.Accept()
+						if err != nil {
+							t.Fatal(err)
+						}
+						defer server.Close()
+						say := func(from, to net.Conn, text string) {
+							t.Helper()
+							from.SetDeadline(time.Now().Add(5 * time.Second))
+							to.SetDeadline(time.Now().Add(5 * time.Second))
+							if _, err := io.WriteString(from, text); err != nil {
+								t.Fatal(err)
+							}
+							got := make([]byte, len(text))
+							if _, err := io.ReadFull(to, got); err != nil || string(got) != text {
+								t.Fatalf("%q came as %q: %v", text, got, err)
+							}
+						}
+						say(client, server, "hello")
+						say(server, client, "welcome")
+						time.Sleep(1100 * time.Millisecond)
+						from := netip.MustParseAddrPort(client.LocalAddr().String())
+						key := tuple(from, vip, lb.TCP)
+						if lost == "reply" {
+							key = tuple(backend, from, lb.TCP)
+						}
+						for _, in := range tables {
+							l.rig.must(l.rig.maps.All()[in].Delete(key))
+						}
+						switch {
+						case first == "client":
+							say(client, server, "first")
+						case lost == "reply" && len(tables) == 2:
+							// Nothing knows the VIP of what the backend says, until the client speaks; then
+							// it is sent again. What the client's stack says to the backend's own address
+							// meanwhile must not end the connection there.
+							if _, err := io.WriteString(server, "first"); err != nil {
+								t.Fatal(err)
+							}
+							time.Sleep(50 * time.Millisecond)
+							say(client, server, "are you there?")
+							got := make([]byte, 5)
+							client.SetDeadline(time.Now().Add(5 * time.Second))
+							if _, err := io.ReadFull(client, got); err != nil || string(got) != "first" {
+								t.Fatalf("%q came: %v", got, err)
+							}
+						default:
+							say(server, client, "first")
+						}
+						say(client, server, "and on")
+						say(server, client, "and on")
+						if _, in := l.rig.flow(key.From(), key.To(), lb.TCP); in != "flows" {
+							t.Errorf("the half that was lost is in %q", in)
+						}
+					})
+				}
+			}
+		}
 	}
 }
