@@ -127,6 +127,8 @@ static __always_inline void lock_release(__u32 lock)
 		__sync_lock_test_and_set(word, 0);
 }
 
+/* change_begin returns this CPU's change. A function of its own to the verifier calls it instead of taking
+ * the pointer as an argument, which 6.1 does not let be a map's key. */
 static __always_inline struct change *change_begin(void)
 {
 	__u32 zero = 0;
@@ -248,8 +250,9 @@ static __always_inline void expired_remove(const struct tuple *key, const struct
 /* flow_try enters the pair change->t -> change->u, whose source port is a candidate. The reply half is claimed
  * without a hook, then the clashes are looked for, then it is put in force, and the forward half comes last:
  * a packet that finds it finds its answer's. CLAIM_TAKEN: another port. */
-__noinline enum claim flow_try(struct change *change)
+__noinline enum claim flow_try(void)
 {
+	struct change *change = change_begin();
 	bool identity;
 	struct flow *other;
 	enum claim claimed;
@@ -393,7 +396,7 @@ static __always_inline enum reason flow_open_locked(struct change *change)
 			hash = hash * 0x9e3779b1 + i;
 			change->u.source_port = REMAP_FIRST + (hash >> 8) % (65536 - REMAP_FIRST);
 		}
-		switch (flow_try(change)) {
+		switch (flow_try()) {
 		case CLAIM_NEW:
 			if (change->flags & CHANGE_REPLACE) {
 				half_close(bpf_map_lookup_elem(&pending, &change->old_back),
@@ -413,8 +416,9 @@ static __always_inline enum reason flow_open_locked(struct change *change)
 
 /* flow_open finds or makes the flow of change->t, and sets change->u to what its packets become. Returns
  * REASON_NEW_FLOW, REASON_FORWARD, REASON_NEW_DIRECT or REASON_DIRECT, or why there is none. */
-__noinline enum reason flow_open(struct change *change)
+__noinline enum reason flow_open(void)
 {
+	struct change *change = change_begin();
 	enum reason reason;
 
 	if (!change)
@@ -429,8 +433,9 @@ __noinline enum reason flow_open(struct change *change)
 
 /* flow_assure copies a pair from `pending` to `flows`, the reply half first. The pending ones are left to
  * expire, so that no CPU ever finds neither. */
-__noinline int flow_assure(struct change *change)
+__noinline int flow_assure(void)
 {
+	struct change *change = change_begin();
 	struct flow *forward, *reply, *other;
 
 	if (!change)
@@ -460,8 +465,9 @@ __noinline int flow_assure(struct change *change)
 
 /* flow_restore makes a half that the LRU has taken anew, from the one that is left; change->value is what it
  * is to be. */
-__noinline int flow_restore(struct change *change)
+__noinline int flow_restore(void)
 {
+	struct change *change = change_begin();
 	struct tuple *key, *twin;
 	bool in_flows;
 	struct flow *left;
@@ -523,8 +529,10 @@ static __always_inline void half_set_state(struct flow *flow, const struct tuple
 
 /* flow_set_state writes a state to both halves in both tables, T's last: where T says that the connection is
  * over and another may begin, the reply half must have known before. */
-__noinline int flow_set_state(struct change *change, __u32 state)
+__noinline int flow_set_state(__u32 state)
 {
+	struct change *change = change_begin();
+
 	if (!change)
 		return 0;
 	half_set_state(bpf_map_lookup_elem(&pending, &change->u_back), &change->t_back, state,
@@ -600,7 +608,7 @@ static __always_inline void flow_note(const struct pkt *pkt, struct flow *flow,
 	if (pkt->tcp_flags & (TCP_FIN | TCP_RST))
 		state = flow_end(pkt, twin, reply, state);
 	if (state != flow->state) {
-		flow_set_state(change, state);
+		flow_set_state(state);
 		return;
 	}
 	if (aged)
@@ -618,7 +626,7 @@ static __always_inline void flow_note(const struct pkt *pkt, struct flow *flow,
 								   : AT_EGRESS;
 			change->flags = (reply ? 0 : CHANGE_LOST_REPLY) |
 					(table == FLOWS ? CHANGE_IN_FLOWS : 0);
-			flow_restore(change);
+			flow_restore();
 		}
 		return;
 	}
@@ -627,7 +635,7 @@ static __always_inline void flow_note(const struct pkt *pkt, struct flow *flow,
 	if (table == PENDING && !reply && twin->flags & FLOW_ANSWERED &&
 	    (!tcp ||
 	     (pkt->tcp_flags & TCP_ACK && (__s32)(pkt->acknowledgement - twin->answer) >= 0)))
-		flow_assure(change);
+		flow_assure();
 }
 
 /* flow_break ends a flow that its client is told is over: as if its backend had reset it. */
@@ -638,7 +646,7 @@ static __always_inline void flow_break(const struct tuple *t, const struct tuple
 	if (!change)
 		return;
 	change->now_ns = now;
-	flow_set_state(change, FLOW_BACKEND_RST);
+	flow_set_state(FLOW_BACKEND_RST);
 }
 
 /* flow_is_silent notes the segments that a removed backend leaves unanswered, and tells whether it has for longer

@@ -40,13 +40,15 @@ static __always_inline bool flow_useless(const struct flow *flow, const struct t
 __noinline int flow_sweep(const struct tuple *key, __u32 in)
 {
 	enum table table = in == FLOWS ? FLOWS : PENDING;
+	struct tuple to, own;
 	struct flow *flow;
-	struct tuple to;
 	__u32 lock;
 	int removed = 0;
 
 	if (!key)
 		return 0;
+	own = *key; /* 6.1 does not let an argument's memory be a map's key */
+	key = &own;
 	flow = table == FLOWS ? bpf_map_lookup_elem(&flows, key)
 			      : bpf_map_lookup_elem(&pending, key);
 	if (!flow)

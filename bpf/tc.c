@@ -56,7 +56,7 @@ static __always_inline int ingress_open(ctx_t *ctx, struct pkt *pkt, struct fron
 	change->flags = (pkt_is_syn(pkt) ? CHANGE_SYN : 0) |
 			(pkt->tcp_flags & TCP_RST ? CHANGE_RST : 0) |
 			(frontend.kind == KIND_IDENTITY ? CHANGE_IDENTITY : 0);
-	reason = flow_open(change);
+	reason = flow_open();
 	switch (reason) {
 	case REASON_OTHER_HOOK:
 	case REASON_DIRECT:
