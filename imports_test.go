@@ -32,6 +32,7 @@ var folders = map[string][]string{
 	"cmd/lbagent":      {"lb", "maps", "loader", "node", "source", "source/manifest", "resolve", "api", "agent"},
 	"internal/testenv": {},
 	"examples/demo":    {"api", "internal/testenv"}, // it runs the command line, as a user does
+	"vmtest":           {},                          // it builds and runs the tests of others
 }
 
 // outsiders are modules of others that only some folders may import.
