@@ -7,7 +7,7 @@ CLANG_FORMAT ?= clang-format-19
 GOTESTFLAGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test bench fuzz lint generate generated-current deps deps-generate clean
+.PHONY: help build demo test bench fuzz vmtest vmtest-shell lint generate generated-current deps deps-generate deps-vmtest clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -32,6 +32,13 @@ fuzz: ## each fuzz target for FUZZTIME (30s)
 		done; \
 	done
 
+vmtest: deps deps-vmtest ## what kernels decide, on each kernel of vmtest/kernels.txt [KERNEL=6.1,...] [RUN=regexp] [UPDATE=1]
+	$(GO) run ./vmtest -kernel '$(KERNEL)' -run '$(RUN)' $(if $(UPDATE),-update)
+	$(if $(KERNEL)$(RUN)$(UPDATE),,$(GO) test -count 1 -tags vmtest -run Deliberate -v ./vmtest)
+
+vmtest-shell: deps-vmtest ## a shell in a guest of KERNEL
+	$(GO) run ./vmtest -kernel '$(KERNEL)' -shell
+
 lint: deps-generate ## go vet, staticcheck, gofmt, clang-format
 	$(GO) vet ./...
 	$(GO) tool staticcheck ./...
@@ -52,6 +59,16 @@ deps: ## what tests and demo call: nft, ethtool, bpftool
 deps-generate: ## what generate and lint call: clang 19
 	@for tool in clang-19 llvm-strip-19 $(CLANG_FORMAT); do command -v $$tool >/dev/null || missing="$$missing $$tool"; done; \
 	test -z "$$missing" || $(call install,clang-19 llvm-19 clang-format-19)
+
+deps-vmtest: ## what vmtest calls: QEMU and what virtme-ng builds a guest with
+	@command -v qemu-system-x86_64 >/dev/null || missing="$$missing qemu-system-x86"; \
+	command -v depmod >/dev/null || missing="$$missing kmod"; \
+	command -v udevadm >/dev/null || missing="$$missing udev"; \
+	command -v file >/dev/null || missing="$$missing file"; \
+	{ busybox --help 2>&1 | grep -q BusyBox && ldd "$$(command -v busybox)" 2>&1 | grep -q 'not a dynamic'; } || missing="$$missing busybox-static"; \
+	python3 -c 'import ensurepip, venv' 2>/dev/null || missing="$$missing python3-venv"; \
+	apt-cache pkgnames linux-image-6.1. | grep -q . || apt-get update -qq; \
+	test -z "$$missing" || $(call install,$$missing)
 
 install = { echo "installing $(1)"; apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(1) >/dev/null; }
 

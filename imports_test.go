@@ -33,6 +33,7 @@ var folders = map[string][]string{
 	"internal/testenv": {},
 	"internal/bench":   {"lb", "maps", "loader", "internal/testenv"},
 	"examples/demo":    {"api", "internal/testenv"}, // it runs the command line, as a user does
+	"vmtest":           {},                          // it builds and runs the tests of others
 }
 
 // outsiders are modules of others that only some folders may import.

@@ -83,6 +83,19 @@ func (h *host) load(clsact bool) *loader.Loader {
 	return l
 }
 
+// tcxPrograms returns what tcx links hold at a device: nothing, where the kernel has no tcx.
+func tcxPrograms(device int, at ebpf.AttachType) ([]link.AttachedProgram, error) {
+	f, err := loader.Probe()
+	if err != nil || !f.TCX {
+		return nil, err
+	}
+	result, err := link.QueryPrograms(link.QueryOptions{Target: device, Attach: at})
+	if err != nil {
+		return nil, err
+	}
+	return result.Programs, nil
+}
+
 // attached returns what the kernel has at a device, as "ingress NAME" and "egress NAME", in order.
 func (h *host) attached(device int) []string {
 	h.t.Helper()
@@ -90,11 +103,11 @@ func (h *host) attached(device int) []string {
 	h.do(func() error {
 		for _, at := range []ebpf.AttachType{ebpf.AttachTCXIngress, ebpf.AttachTCXEgress} {
 			direction := map[ebpf.AttachType]string{ebpf.AttachTCXIngress: "ingress", ebpf.AttachTCXEgress: "egress"}[at]
-			result, err := link.QueryPrograms(link.QueryOptions{Target: device, Attach: at})
+			programs, err := tcxPrograms(device, at)
 			if err != nil {
 				return err
 			}
-			for _, p := range result.Programs {
+			for _, p := range programs {
 				program, err := ebpf.NewProgramFromID(p.ID)
 				if err != nil {
 					return err
@@ -157,15 +170,20 @@ var (
 	up0Port = loader.Device{Index: 10, Name: "up0", Role: loader.Port, LinkHeader: 14}
 )
 
+func requireTCX(t *testing.T) {
+	t.Helper()
+	testenv.RequireRoot(t)
+	if f, err := loader.Probe(); err != nil {
+		t.Fatal(err)
+	} else if !f.TCX {
+		t.Skip("this kernel has no tcx")
+	}
+}
+
 // methods runs a test with tcx links and with clsact filters. `name` is how the kernel shows a program then.
 func methods(t *testing.T, test func(t *testing.T, clsact bool, name func(string) string)) {
 	t.Run("tcx", func(t *testing.T) {
-		testenv.RequireRoot(t)
-		if f, err := loader.Probe(); err != nil {
-			t.Fatal(err)
-		} else if !f.TCX {
-			t.Skip("this kernel has no tcx")
-		}
+		requireTCX(t)
 		test(t, false, func(s string) string { return s })
 	})
 	t.Run("clsact", func(t *testing.T) {
@@ -232,11 +250,11 @@ func (h *host) programIDs(device int) []int {
 	var ids []int
 	h.do(func() error {
 		for _, at := range []ebpf.AttachType{ebpf.AttachTCXIngress, ebpf.AttachTCXEgress} {
-			result, err := link.QueryPrograms(link.QueryOptions{Target: device, Attach: at})
+			programs, err := tcxPrograms(device, at)
 			if err != nil {
 				return err
 			}
-			for _, p := range result.Programs {
+			for _, p := range programs {
 				ids = append(ids, int(p.ID))
 			}
 		}
@@ -256,6 +274,26 @@ func (h *host) programIDs(device int) []int {
 		return nil
 	})
 	return ids
+}
+
+// TestMethod: tcx links where the kernel has them, clsact filters where it has not; no one has to choose.
+func TestMethod(t *testing.T) {
+	h := newHost(t)
+	l := h.load(false)
+	h.set(l, up0)
+	want, program := "clsact", "lbagent/node_in"
+	if l.Features().TCX {
+		want, program = "tcx", "node_in"
+	}
+	for _, a := range l.Attached() {
+		if a.Method != want {
+			t.Errorf("%s is attached by %s, want %s", a.Program, a.Method, want)
+		}
+	}
+	if all := h.attached(up0.Index); len(all) != 2 || all[0] != "ingress "+program {
+		t.Errorf("the kernel has %q, want %s and its like", all, program)
+	}
+	t.Logf("attached by %s", want)
 }
 
 // A device goes and another comes with its index, while the agent runs and while it does not.
@@ -301,6 +339,7 @@ func TestDeviceReplaced(t *testing.T) {
 
 // Ours is first at ingress and last at egress, and cleanup leaves others' programs alone.
 func TestOthers(t *testing.T) {
+	requireTCX(t)
 	h := newHost(t)
 	other, err := ebpf.NewProgram(&ebpf.ProgramSpec{
 		Name: "other", Type: ebpf.SchedCLS, License: "GPL",
@@ -315,9 +354,6 @@ func TestOthers(t *testing.T) {
 		h.do(func() error {
 			for _, at := range []ebpf.AttachType{ebpf.AttachTCXIngress, ebpf.AttachTCXEgress} {
 				l, err := link.AttachTCX(link.TCXOptions{Interface: 10, Program: other, Attach: at})
-				if errors.Is(err, ebpf.ErrNotSupported) {
-					t.Skip("this kernel has no tcx")
-				}
 				if err != nil {
 					return err
 				}

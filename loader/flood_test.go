@@ -29,7 +29,7 @@ const (
 // mostly idle live through it, and others connect no worse than through plain nftables DNAT in the same flood.
 func TestFlood(t *testing.T) {
 	if testing.Short() {
-		t.Skip("minutes long")
+		t.Skip("too long for -short: minutes")
 	}
 	for _, kind := range []string{"SYN", "spoofed UDP", "stray ACK"} {
 		t.Run(kind, func(t *testing.T) {

@@ -160,7 +160,7 @@ func TestReach(t *testing.T) {
 func TestTransfer(t *testing.T) {
 	size := int64(64 << 20)
 	if testing.Short() {
-		size = 4 << 20
+		size = 1 << 20
 	}
 	on, off := testenv.OffloadOn, testenv.OffloadOff
 	strict, none := testenv.ReversePathStrict, testenv.ReversePathOff

@@ -188,6 +188,9 @@ func oneFlow(t *testing.T, all []sent, mayRemap bool) {
 const races = 3000
 
 func TestRaces(t *testing.T) {
+	if testing.Short() {
+		t.Skip("too long for -short: races need many tries, at speed")
+	}
 	f := families[0]
 	backendN := func(i int) netip.AddrPort {
 		return netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, 244, 2, byte(i)}), 8080)
@@ -480,6 +483,9 @@ func TestRaces(t *testing.T) {
 // TestEndpointsFlip: a service's table is replaced as fast as one CPU can while the other looks it up. No packet
 // reaches a backend of neither table, which would be another service's.
 func TestEndpointsFlip(t *testing.T) {
+	if testing.Short() {
+		t.Skip("too long for -short: races need many tries, at speed")
+	}
 	r := newRig(t)
 	f := families[0]
 	at := func(i int) netip.AddrPort {
