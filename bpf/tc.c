@@ -236,7 +236,7 @@ static __always_inline int egress(ctx_t *ctx)
 	 * there it would have cost every foreign packet a third lookup. */
 	if (flow->hook == AT_BOTH && (table == FLOWS || flow->role == ROLE_FORWARD))
 		return verdict(REASON_DIRECT, VERDICT_PASS);
-	if (pkt.fragment)
+	if (pkt.fragment && flow->hook != AT_BOTH)
 		return verdict(REASON_REPLY_FRAGMENT, VERDICT_DROP);
 	return hit(ctx, &pkt, flow, &to, table, now, REASON_REPLY);
 }

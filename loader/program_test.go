@@ -609,6 +609,21 @@ func TestReply(t *testing.T) {
 	}
 }
 
+// TestDirectFragments: fragments of a connection straight to a backend are the stack's to carry.
+func TestDirectFragments(t *testing.T) {
+	for _, f := range families {
+		r := newRig(t)
+		r.identity(f.backend)
+		up := testenv.DatagramUDP(f.client, f.backend, "hello")
+		r.expect("node_in", up.Bytes(), pass, "new_direct", up.Bytes())
+		down := testenv.DatagramUDP(f.backend, f.client, "8 octets")
+		first := with(down, func(p *testenv.Packet) { p.Fragment = &testenv.Fragment{ID: 3, More: true} })
+		r.expect("node_out", first.Bytes(), pass, "direct", first.Bytes())
+		r.run("node_in", up.Bytes())
+		r.expect("node_out", first.Bytes(), pass, "direct", first.Bytes())
+	}
+}
+
 // TestEndpointsGone: what a service without endpoints does, and that nothing of it is remembered.
 func TestNoBackend(t *testing.T) {
 	for _, f := range families {
@@ -841,6 +856,83 @@ func TestGeneration(t *testing.T) {
 				t.Run(fmt.Sprintf("%s/assured %v/%s", f.name, assured, name), test)
 			}
 		}
+	}
+}
+
+// TestBackendReturns: an endpoint that was removed and is back has another id at the same address, as has that of a
+// Service made anew. A flow that begins again there is the new id's.
+func TestBackendReturns(t *testing.T) {
+	for _, f := range families {
+		returns := func(r *rig) {
+			r.must(r.maps.SetBackendLife(1, maps.BackendLife{Generation: 2, State: maps.BackendRemoved, Port: f.backend.Port()}))
+			r.backend(2, 1, f.backend, maps.BackendActive, 1)
+			r.slots(1, 2)
+		}
+		t.Run(f.name+"/udp", func(t *testing.T) {
+			r := newRig(t)
+			r.service(f)
+			up := testenv.DatagramUDP(f.client, f.vip, "hello")
+			out := up
+			out.Destination = f.backend
+			r.expect("node_in", up.Bytes(), pass, "new_flow", out.Bytes())
+			returns(r)
+			r.expect("node_in", up.Bytes(), pass, "new_flow", out.Bytes())
+			r.expect("node_in", up.Bytes(), pass, "forward", out.Bytes())
+			if flow, _ := r.flow(f.client, f.vip, lb.UDP); flow.Backend != 2 {
+				t.Errorf("the flow names backend %d, want 2", flow.Backend)
+			}
+		})
+		t.Run(f.name+"/tcp", func(t *testing.T) {
+			r := newRig(t)
+			r.service(f)
+			c := r.talk(f)
+			c.open()
+			c.send(testenv.RST, "forward")
+			returns(r)
+			c.up = 90000
+			c.open()
+			for range 2 { // and the backend takes its time
+				p := c.segment(testenv.ACK | testenv.PSH)
+				p.Payload = []byte("data")
+				out := p
+				out.Destination = c.at
+				r.expect("node_in", p.Bytes(), pass, "forward", out.Bytes())
+				r.age(silentBackend + time.Second)
+			}
+		})
+	}
+}
+
+// TestMovedBack: a flow that leads to another backend and, soon, back to the first is assured like any other,
+// though its old reply half is still in `flows`.
+func TestMovedBack(t *testing.T) {
+	for _, f := range families {
+		r := newRig(t)
+		r.service(f)
+		r.backend(2, 1, f.backend2, maps.BackendActive, 1)
+		up := testenv.DatagramUDP(f.client, f.vip, "hello")
+		talk := func(at netip.AddrPort, reason string) {
+			t.Helper()
+			out := up
+			out.Destination = at
+			r.expect("node_in", up.Bytes(), pass, reason, out.Bytes())
+			down := testenv.DatagramUDP(at, f.client, "answer")
+			r.expect("node_out", down.Bytes(), pass, "reply", with(down, func(p *testenv.Packet) { p.Source = f.vip }).Bytes())
+			r.expect("node_in", up.Bytes(), pass, "forward", out.Bytes())
+			for _, half := range [][2]netip.AddrPort{{f.client, f.vip}, {at, f.client}} {
+				if flow, in := r.flow(half[0], half[1], lb.UDP); in != "flows" || flow.State != 0 {
+					t.Errorf("%s: %v is in %q, state %d; want flows, 0", f.name, half, in, flow.State)
+				}
+			}
+		}
+		talk(f.backend, "new_flow")
+		r.slots(1, 2)
+		r.must(r.maps.SetBackendLife(1, maps.BackendLife{Generation: 2, State: maps.BackendRemoved, Port: f.backend.Port()}))
+		talk(f.backend2, "new_flow")
+		r.slots(1, 1)
+		r.must(r.maps.SetBackendLife(1, maps.BackendLife{Generation: 3, State: maps.BackendActive, Port: f.backend.Port()}))
+		r.must(r.maps.SetBackendLife(2, maps.BackendLife{Generation: 2, State: maps.BackendRemoved, Port: f.backend.Port()}))
+		talk(f.backend, "new_flow")
 	}
 }
 
@@ -1171,6 +1263,34 @@ func TestSilentBackend(t *testing.T) {
 			c.r.age(time.Hour)
 			data(c)
 		})
+	}
+}
+
+// TestSilentClocks: the segment that is left unanswered was noted by a CPU whose clock was read later.
+func TestSilentClocks(t *testing.T) {
+	for _, f := range families {
+		r := newRig(t)
+		r.service(f)
+		c := r.talk(f)
+		c.open()
+		r.slots(1)
+		r.must(r.maps.SetBackendLife(1, maps.BackendLife{Generation: 2, State: maps.BackendRemoved, Port: f.backend.Port()}))
+		key := tuple(f.client, f.vip, lb.TCP)
+		data := func() {
+			t.Helper()
+			p := c.segment(testenv.ACK | testenv.PSH)
+			p.Payload = []byte("data")
+			out := p
+			out.Destination = c.at
+			r.expect("node_in", p.Bytes(), pass, "forward", out.Bytes())
+		}
+		data()
+		flow, in := r.flow(f.client, f.vip, lb.TCP)
+		var now unix.Timespec
+		r.must(unix.ClockGettime(unix.CLOCK_MONOTONIC, &now))
+		flow.SilentSinceMs = uint32(now.Nano()/1e6+1000) | 1
+		r.must(r.maps.All()[in].Put(key, flow))
+		data()
 	}
 }
 
