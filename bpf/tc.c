@@ -137,6 +137,8 @@ static __always_inline int ingress(ctx_t *ctx, enum device_role device)
 	reason = pkt_parse(ctx, &pkt);
 	if (pkt.vlan && vlan_has_device(ctx, &pkt))
 		return verdict(REASON_OTHER_DEVICE, VERDICT_PASS);
+	if (pkt.link_local)
+		return verdict(REASON_MULTICAST, VERDICT_PASS);
 	if (reason)
 		return foreign ? verdict(reason, VERDICT_PASS) : ingress_refuse(&pkt, reason);
 	pkt.switched = switched;

@@ -539,6 +539,30 @@ func TestNotOurs(t *testing.T) {
 	}
 }
 
+// TestLinkLocalClient: one whose address is of the link alone gets its answers from the VIP like any other. Its
+// backend is the node itself, for the stack routes no such packet.
+func TestLinkLocalClient(t *testing.T) {
+	for _, f := range families {
+		if !f.linkLocal.IsValid() {
+			continue
+		}
+		r := newRig(t)
+		r.service(f)
+		f.client = netip.AddrPortFrom(f.linkLocal, f.client.Port())
+		for protocol, p := range base(f, f.vip) {
+			out := p
+			out.Destination = f.backend
+			r.expect("node_in", p.Bytes(), pass, "new_flow", out.Bytes())
+			reply := base(f, f.client)[protocol]
+			reply.Source = f.backend
+			reply.TCPFlags |= testenv.ACK
+			out = reply
+			out.Source = f.vip
+			r.expect("node_out", reply.Bytes(), pass, "reply", out.Bytes())
+		}
+	}
+}
+
 // TestMappedAddressOnTheWire: ::ffff:10.96.0.10 in an IPv6 packet is not 10.96.0.10.
 func TestMappedAddressOnTheWire(t *testing.T) {
 	r := newRig(t)
