@@ -341,6 +341,17 @@ static __always_inline bool flow_keeps(const struct backend *backend, struct bac
 	       have[0] == want[0] && have[1] == want[1];
 }
 
+/* reply_is_there tells whether a living flow still has its reply half. Where the LRU has taken that, its key may be
+ * another flow's by now. */
+static __always_inline bool reply_is_there(const struct change *change)
+{
+	struct flow *flow = flow_lookup(FLOWS, &change->old_back, change->now_ns);
+
+	if (!flow)
+		flow = flow_lookup(PENDING, &change->old_back, change->now_ns);
+	return half_is(flow, &change->t_back);
+}
+
 static __always_inline enum reason flow_open_locked(struct change *change)
 {
 	struct backend_life life;
@@ -388,10 +399,10 @@ static __always_inline enum reason flow_open_locked(struct change *change)
 		to.destination_port = life.port;
 	}
 	if (flow) {
-		if (destination_equal(&to, &change->u)) {
+		tuple_invert(&change->t_back, &change->t);
+		if (destination_equal(&to, &change->u) && reply_is_there(change)) {
 			/* The same again, by whatever port the backend knows the client. */
-			tuple_invert(&change->u_back, &change->u);
-			tuple_invert(&change->t_back, &change->t);
+			change->u_back = change->old_back;
 			flow_reopen(change);
 			return tuple_equal(&change->u, &change->t) ? REASON_NEW_DIRECT
 								   : REASON_NEW_FLOW;
@@ -411,7 +422,8 @@ static __always_inline enum reason flow_open_locked(struct change *change)
 		switch (flow_try()) {
 		case CLAIM_NEW:
 			ended_remove(change);
-			if (change->flags & CHANGE_REPLACE) {
+			if (change->flags & CHANGE_REPLACE &&
+			    !tuple_equal(&change->old_back, &change->u_back)) {
 				half_close(bpf_map_lookup_elem(&pending, &change->old_back),
 					   change);
 				half_close(bpf_map_lookup_elem(&flows, &change->old_back), change);

@@ -1036,6 +1036,49 @@ func TestPortReuse(t *testing.T) {
 	}
 }
 
+// TestReopenLostReply: a SYN begins a connection that has ended anew, whose reply half the LRU has taken, and which
+// another service's connection may have by now.
+func TestReopenLostReply(t *testing.T) {
+	for _, f := range families {
+		for _, taken := range []bool{false, true} {
+			t.Run(fmt.Sprintf("%s/taken %v", f.name, taken), func(t *testing.T) {
+				r := newRig(t)
+				r.service(f)
+				c := r.talk(f)
+				c.open()
+				c.send(testenv.RST, "forward")
+				for _, in := range []string{"flows", "pending"} {
+					r.must(r.maps.All()[in].Delete(tuple(f.backend, f.client, lb.TCP)))
+				}
+				if !taken {
+					c.up = 90000
+					c.open()
+					return
+				}
+				r.backend(2, 2, f.backend, maps.BackendActive, 1)
+				r.slots(2, 2)
+				r.frontend(f.vip2, 2)
+				other := r.talk(f)
+				other.vip = f.vip2
+				other.open()
+				got := r.run("node_in", c.segment(testenv.SYN).Bytes())
+				seen, err := testenv.Parse(got.Frame)
+				r.must(err)
+				if got.Reason != "new_flow" || seen.Destination != f.backend || seen.Source.Port() == f.client.Port() {
+					t.Fatalf("%s: %s; want another source port", got.Reason, testenv.Describe(got.Frame))
+				}
+				c.as = seen.Source
+				c.up++
+				c.dnAck = c.up
+				c.answer(testenv.SYN | testenv.ACK)
+				c.send(testenv.ACK, "forward")
+				other.answer(testenv.ACK)
+				other.send(testenv.ACK, "forward")
+			})
+		}
+	}
+}
+
 // TestTimeouts: how long an entry of each state lives.
 func TestTimeouts(t *testing.T) {
 	const moment = time.Second
