@@ -207,6 +207,8 @@ static __always_inline void half_reopen(struct flow *flow, const struct tuple *t
 		return;
 	flow->state = 0;
 	flow->flags = 0;
+	flow->backend =
+		change->backend; /* another id at the same address, where it was removed and is back */
 	flow->generation = change->generation;
 	flow->last_seen_ns = change->now_ns;
 }
@@ -228,6 +230,16 @@ static __always_inline void half_close(struct flow *flow, const struct change *c
 		return;
 	flow->state |= FLOW_MOVED;
 	flow->last_seen_ns = change->now_ns;
+}
+
+/* ended_remove removes the reply half of a new flow that an ended one of the same tuples has left in `flows`: it
+ * would be found first, and the answers that assure the new one be noted nowhere. */
+static __always_inline void ended_remove(const struct change *change)
+{
+	struct flow *flow = bpf_map_lookup_elem(&flows, &change->u_back);
+
+	if (half_is(flow, &change->t_back) && flow_closing(flow))
+		bpf_map_delete_elem(&flows, &change->u_back);
 }
 
 /* tuple_is_key tells whether some living flow has this tuple for a key. */
@@ -329,6 +341,17 @@ static __always_inline bool flow_keeps(const struct backend *backend, struct bac
 	       have[0] == want[0] && have[1] == want[1];
 }
 
+/* reply_is_there tells whether a living flow still has its reply half. Where the LRU has taken that, its key may be
+ * another flow's by now. */
+static __always_inline bool reply_is_there(const struct change *change)
+{
+	struct flow *flow = flow_lookup(FLOWS, &change->old_back, change->now_ns);
+
+	if (!flow)
+		flow = flow_lookup(PENDING, &change->old_back, change->now_ns);
+	return half_is(flow, &change->t_back);
+}
+
 static __always_inline enum reason flow_open_locked(struct change *change)
 {
 	struct backend_life life;
@@ -376,10 +399,10 @@ static __always_inline enum reason flow_open_locked(struct change *change)
 		to.destination_port = life.port;
 	}
 	if (flow) {
-		if (destination_equal(&to, &change->u)) {
+		tuple_invert(&change->t_back, &change->t);
+		if (destination_equal(&to, &change->u) && reply_is_there(change)) {
 			/* The same again, by whatever port the backend knows the client. */
-			tuple_invert(&change->u_back, &change->u);
-			tuple_invert(&change->t_back, &change->t);
+			change->u_back = change->old_back;
 			flow_reopen(change);
 			return tuple_equal(&change->u, &change->t) ? REASON_NEW_DIRECT
 								   : REASON_NEW_FLOW;
@@ -398,7 +421,9 @@ static __always_inline enum reason flow_open_locked(struct change *change)
 		}
 		switch (flow_try()) {
 		case CLAIM_NEW:
-			if (change->flags & CHANGE_REPLACE) {
+			ended_remove(change);
+			if (change->flags & CHANGE_REPLACE &&
+			    !tuple_equal(&change->old_back, &change->u_back)) {
 				half_close(bpf_map_lookup_elem(&pending, &change->old_back),
 					   change);
 				half_close(bpf_map_lookup_elem(&flows, &change->old_back), change);
@@ -656,6 +681,7 @@ static __always_inline bool flow_is_silent(const struct pkt *pkt, struct flow *f
 					   const struct tuple *to, enum table table, __u64 now)
 {
 	__u32 now_ms = (now / 1000000) | 1;
+	__s32 silence = now_ms - flow->silent_since_ms; /* negative: as in flow_alive */
 	const struct flow *reply;
 	struct tuple key;
 
@@ -669,7 +695,7 @@ static __always_inline bool flow_is_silent(const struct pkt *pkt, struct flow *f
 	if (!reply)
 		return false;
 	if (flow->silent_since_ms && flow->answer == (__u32)reply->packets)
-		return now_ms - flow->silent_since_ms >= silent_backend_timeout_ms;
+		return silence >= 0 && (__u32)silence >= silent_backend_timeout_ms;
 	flow->silent_since_ms = pkt->segment ? now_ms : 0;
 	flow->answer = reply->packets;
 	return false;

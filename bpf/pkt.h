@@ -36,6 +36,7 @@ struct pkt {
 	__u8 tcp_flags; /* 0 for all but TCP */
 	bool fragment; /* the first or a later one */
 	bool ports; /* they are known: not those of a later fragment */
+	bool link_local; /* sent to an IPv6 address of the link alone: no service's, but maybe a client's */
 	bool switched; /* set by ingress: if the frame stays as it is, a bridge may carry it past the stack */
 	__u16 vlan; /* id of the outermost tag; 0: none */
 	__u32 length; /* of the IP packet; of all that a GSO packet stands for */
@@ -210,9 +211,9 @@ static __always_inline enum reason pkt_parse_ipv6(ctx_t *ctx, struct pkt *pkt, _
 		pkt->length = room; /* BIG TCP (5.19) */
 	if (pkt->length > room)
 		return REASON_MALFORMED;
-	if (ip->daddr.s6_addr[0] == 0xff ||
-	    (ip->daddr.s6_addr16[0] & bpf_htons(0xffc0)) == bpf_htons(0xfe80))
+	if (ip->daddr.s6_addr[0] == 0xff)
 		return REASON_MULTICAST;
+	pkt->link_local = (ip->daddr.s6_addr16[0] & bpf_htons(0xffc0)) == bpf_htons(0xfe80);
 
 	pkt->tuple.protocol = ip->nexthdr;
 	pkt->l4 = offset + sizeof(*ip);

@@ -137,6 +137,8 @@ static __always_inline int ingress(ctx_t *ctx, enum device_role device)
 	reason = pkt_parse(ctx, &pkt);
 	if (pkt.vlan && vlan_has_device(ctx, &pkt))
 		return verdict(REASON_OTHER_DEVICE, VERDICT_PASS);
+	if (pkt.link_local)
+		return verdict(REASON_MULTICAST, VERDICT_PASS);
 	if (reason)
 		return foreign ? verdict(reason, VERDICT_PASS) : ingress_refuse(&pkt, reason);
 	pkt.switched = switched;
@@ -236,7 +238,7 @@ static __always_inline int egress(ctx_t *ctx)
 	 * there it would have cost every foreign packet a third lookup. */
 	if (flow->hook == AT_BOTH && (table == FLOWS || flow->role == ROLE_FORWARD))
 		return verdict(REASON_DIRECT, VERDICT_PASS);
-	if (pkt.fragment)
+	if (pkt.fragment && flow->hook != AT_BOTH)
 		return verdict(REASON_REPLY_FRAGMENT, VERDICT_DROP);
 	return hit(ctx, &pkt, flow, &to, table, now, REASON_REPLY);
 }

@@ -539,6 +539,30 @@ func TestNotOurs(t *testing.T) {
 	}
 }
 
+// TestLinkLocalClient: one whose address is of the link alone gets its answers from the VIP like any other. Its
+// backend is the node itself, for the stack routes no such packet.
+func TestLinkLocalClient(t *testing.T) {
+	for _, f := range families {
+		if !f.linkLocal.IsValid() {
+			continue
+		}
+		r := newRig(t)
+		r.service(f)
+		f.client = netip.AddrPortFrom(f.linkLocal, f.client.Port())
+		for protocol, p := range base(f, f.vip) {
+			out := p
+			out.Destination = f.backend
+			r.expect("node_in", p.Bytes(), pass, "new_flow", out.Bytes())
+			reply := base(f, f.client)[protocol]
+			reply.Source = f.backend
+			reply.TCPFlags |= testenv.ACK
+			out = reply
+			out.Source = f.vip
+			r.expect("node_out", reply.Bytes(), pass, "reply", out.Bytes())
+		}
+	}
+}
+
 // TestMappedAddressOnTheWire: ::ffff:10.96.0.10 in an IPv6 packet is not 10.96.0.10.
 func TestMappedAddressOnTheWire(t *testing.T) {
 	r := newRig(t)
@@ -606,6 +630,21 @@ func TestReply(t *testing.T) {
 			fragment.Fragment = &testenv.Fragment{ID: 3, Offset: 16}
 			r.expect("pod_out", fragment.Bytes(), pass, "fragment", fragment.Bytes())
 		}
+	}
+}
+
+// TestDirectFragments: fragments of a connection straight to a backend are the stack's to carry.
+func TestDirectFragments(t *testing.T) {
+	for _, f := range families {
+		r := newRig(t)
+		r.identity(f.backend)
+		up := testenv.DatagramUDP(f.client, f.backend, "hello")
+		r.expect("node_in", up.Bytes(), pass, "new_direct", up.Bytes())
+		down := testenv.DatagramUDP(f.backend, f.client, "8 octets")
+		first := with(down, func(p *testenv.Packet) { p.Fragment = &testenv.Fragment{ID: 3, More: true} })
+		r.expect("node_out", first.Bytes(), pass, "direct", first.Bytes())
+		r.run("node_in", up.Bytes())
+		r.expect("node_out", first.Bytes(), pass, "direct", first.Bytes())
 	}
 }
 
@@ -844,6 +883,83 @@ func TestGeneration(t *testing.T) {
 	}
 }
 
+// TestBackendReturns: an endpoint that was removed and is back has another id at the same address, as has that of a
+// Service made anew. A flow that begins again there is the new id's.
+func TestBackendReturns(t *testing.T) {
+	for _, f := range families {
+		returns := func(r *rig) {
+			r.must(r.maps.SetBackendLife(1, maps.BackendLife{Generation: 2, State: maps.BackendRemoved, Port: f.backend.Port()}))
+			r.backend(2, 1, f.backend, maps.BackendActive, 1)
+			r.slots(1, 2)
+		}
+		t.Run(f.name+"/udp", func(t *testing.T) {
+			r := newRig(t)
+			r.service(f)
+			up := testenv.DatagramUDP(f.client, f.vip, "hello")
+			out := up
+			out.Destination = f.backend
+			r.expect("node_in", up.Bytes(), pass, "new_flow", out.Bytes())
+			returns(r)
+			r.expect("node_in", up.Bytes(), pass, "new_flow", out.Bytes())
+			r.expect("node_in", up.Bytes(), pass, "forward", out.Bytes())
+			if flow, _ := r.flow(f.client, f.vip, lb.UDP); flow.Backend != 2 {
+				t.Errorf("the flow names backend %d, want 2", flow.Backend)
+			}
+		})
+		t.Run(f.name+"/tcp", func(t *testing.T) {
+			r := newRig(t)
+			r.service(f)
+			c := r.talk(f)
+			c.open()
+			c.send(testenv.RST, "forward")
+			returns(r)
+			c.up = 90000
+			c.open()
+			for range 2 { // and the backend takes its time
+				p := c.segment(testenv.ACK | testenv.PSH)
+				p.Payload = []byte("data")
+				out := p
+				out.Destination = c.at
+				r.expect("node_in", p.Bytes(), pass, "forward", out.Bytes())
+				r.age(silentBackend + time.Second)
+			}
+		})
+	}
+}
+
+// TestMovedBack: a flow that leads to another backend and, soon, back to the first is assured like any other,
+// though its old reply half is still in `flows`.
+func TestMovedBack(t *testing.T) {
+	for _, f := range families {
+		r := newRig(t)
+		r.service(f)
+		r.backend(2, 1, f.backend2, maps.BackendActive, 1)
+		up := testenv.DatagramUDP(f.client, f.vip, "hello")
+		talk := func(at netip.AddrPort, reason string) {
+			t.Helper()
+			out := up
+			out.Destination = at
+			r.expect("node_in", up.Bytes(), pass, reason, out.Bytes())
+			down := testenv.DatagramUDP(at, f.client, "answer")
+			r.expect("node_out", down.Bytes(), pass, "reply", with(down, func(p *testenv.Packet) { p.Source = f.vip }).Bytes())
+			r.expect("node_in", up.Bytes(), pass, "forward", out.Bytes())
+			for _, half := range [][2]netip.AddrPort{{f.client, f.vip}, {at, f.client}} {
+				if flow, in := r.flow(half[0], half[1], lb.UDP); in != "flows" || flow.State != 0 {
+					t.Errorf("%s: %v is in %q, state %d; want flows, 0", f.name, half, in, flow.State)
+				}
+			}
+		}
+		talk(f.backend, "new_flow")
+		r.slots(1, 2)
+		r.must(r.maps.SetBackendLife(1, maps.BackendLife{Generation: 2, State: maps.BackendRemoved, Port: f.backend.Port()}))
+		talk(f.backend2, "new_flow")
+		r.slots(1, 1)
+		r.must(r.maps.SetBackendLife(1, maps.BackendLife{Generation: 3, State: maps.BackendActive, Port: f.backend.Port()}))
+		r.must(r.maps.SetBackendLife(2, maps.BackendLife{Generation: 2, State: maps.BackendRemoved, Port: f.backend.Port()}))
+		talk(f.backend, "new_flow")
+	}
+}
+
 // TestPortReuse: a SYN on a connection that has ended, or whose entry is past its timeout though still in the
 // table, selects anew.
 func TestPortReuse(t *testing.T) {
@@ -917,6 +1033,49 @@ func TestPortReuse(t *testing.T) {
 			c.up = 90000
 			c.open()
 		})
+	}
+}
+
+// TestReopenLostReply: a SYN begins a connection that has ended anew, whose reply half the LRU has taken, and which
+// another service's connection may have by now.
+func TestReopenLostReply(t *testing.T) {
+	for _, f := range families {
+		for _, taken := range []bool{false, true} {
+			t.Run(fmt.Sprintf("%s/taken %v", f.name, taken), func(t *testing.T) {
+				r := newRig(t)
+				r.service(f)
+				c := r.talk(f)
+				c.open()
+				c.send(testenv.RST, "forward")
+				for _, in := range []string{"flows", "pending"} {
+					r.must(r.maps.All()[in].Delete(tuple(f.backend, f.client, lb.TCP)))
+				}
+				if !taken {
+					c.up = 90000
+					c.open()
+					return
+				}
+				r.backend(2, 2, f.backend, maps.BackendActive, 1)
+				r.slots(2, 2)
+				r.frontend(f.vip2, 2)
+				other := r.talk(f)
+				other.vip = f.vip2
+				other.open()
+				got := r.run("node_in", c.segment(testenv.SYN).Bytes())
+				seen, err := testenv.Parse(got.Frame)
+				r.must(err)
+				if got.Reason != "new_flow" || seen.Destination != f.backend || seen.Source.Port() == f.client.Port() {
+					t.Fatalf("%s: %s; want another source port", got.Reason, testenv.Describe(got.Frame))
+				}
+				c.as = seen.Source
+				c.up++
+				c.dnAck = c.up
+				c.answer(testenv.SYN | testenv.ACK)
+				c.send(testenv.ACK, "forward")
+				other.answer(testenv.ACK)
+				other.send(testenv.ACK, "forward")
+			})
+		}
 	}
 }
 
@@ -1171,6 +1330,34 @@ func TestSilentBackend(t *testing.T) {
 			c.r.age(time.Hour)
 			data(c)
 		})
+	}
+}
+
+// TestSilentClocks: the segment that is left unanswered was noted by a CPU whose clock was read later.
+func TestSilentClocks(t *testing.T) {
+	for _, f := range families {
+		r := newRig(t)
+		r.service(f)
+		c := r.talk(f)
+		c.open()
+		r.slots(1)
+		r.must(r.maps.SetBackendLife(1, maps.BackendLife{Generation: 2, State: maps.BackendRemoved, Port: f.backend.Port()}))
+		key := tuple(f.client, f.vip, lb.TCP)
+		data := func() {
+			t.Helper()
+			p := c.segment(testenv.ACK | testenv.PSH)
+			p.Payload = []byte("data")
+			out := p
+			out.Destination = c.at
+			r.expect("node_in", p.Bytes(), pass, "forward", out.Bytes())
+		}
+		data()
+		flow, in := r.flow(f.client, f.vip, lb.TCP)
+		var now unix.Timespec
+		r.must(unix.ClockGettime(unix.CLOCK_MONOTONIC, &now))
+		flow.SilentSinceMs = uint32(now.Nano()/1e6+1000) | 1
+		r.must(r.maps.All()[in].Put(key, flow))
+		data()
 	}
 }
 
