@@ -293,7 +293,8 @@ __noinline enum claim flow_try(void)
 	}
 	if (claimed == CLAIM_NEW) {
 		change->value.hook = identity ? AT_BOTH : AT_EGRESS;
-		bpf_map_update_elem(&pending, &change->u_back, &change->value, BPF_ANY);
+		if (bpf_map_update_elem(&pending, &change->u_back, &change->value, BPF_ANY))
+			goto full;
 	}
 
 	change->value.to = change->u;
