@@ -37,8 +37,8 @@ vmtest-shell: deps-vmtest ## a shell in a guest of KERNEL
 	$(GO) run ./vmtest -kernel '$(KERNEL)' -shell
 
 lint: deps-generate ## go vet, staticcheck, gofmt, clang-format
-	$(GO) vet ./...
-	$(GO) tool staticcheck ./...
+	$(GO) vet -tags vmtest ./... ./vmtest/testdata/failures
+	$(GO) tool staticcheck -tags vmtest ./...
 	@test -z "$$(gofmt -l .)" || { gofmt -d .; exit 1; }
 	$(CLANG_FORMAT) --dry-run -Werror bpf/*.c bpf/*.h
 
