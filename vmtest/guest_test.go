@@ -39,6 +39,7 @@ func TestDeliberate(t *testing.T) {
 		{"TestMemory", limits{boot: time.Minute, test: time.Minute, guest: 2 * time.Minute}, "the kernel said: ", "Out of memory: Killed process"},
 	} {
 		t.Run(c.test, func(t *testing.T) {
+			t.Parallel()
 			start := time.Now()
 			r := m.run(t.Context(), kernels[0], failures(t, c.test), c.test, t.TempDir(), c.limits)
 			if took := time.Since(start); took > c.limits.guest+10*time.Second {
@@ -56,6 +57,7 @@ func TestDeliberate(t *testing.T) {
 	}
 
 	t.Run("no boot", func(t *testing.T) {
+		t.Parallel()
 		image := filepath.Join(t.TempDir(), "boot", "vmlinuz-none")
 		if err := os.MkdirAll(filepath.Dir(image), 0o755); err != nil {
 			t.Fatal(err)
@@ -63,7 +65,8 @@ func TestDeliberate(t *testing.T) {
 		if err := os.WriteFile(image, make([]byte, 1<<20), 0o644); err != nil {
 			t.Fatal(err)
 		}
-		r := m.run(t.Context(), kernel{name: "none", image: image}, failures(t, "TestPass"), "TestPass", t.TempDir(), short)
+		r := m.run(t.Context(), kernel{name: "none", image: image}, failures(t, "TestPass"), "TestPass", t.TempDir(),
+			limits{boot: 10 * time.Second, test: time.Second, guest: 20 * time.Second})
 		if r.ok() || !r.retried || r.booted {
 			t.Errorf("errors %q, retried %v, booted %v", r.errors, r.retried, r.booted)
 		}

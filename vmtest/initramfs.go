@@ -37,23 +37,6 @@ func (m machine) qemuArgs(image, initramfs, console string) []string {
 	return append(args, "-accel", "tcg,thread=multi", "-cpu", "max")
 }
 
-// programRung is what of the suites plain QEMU runs, and the expression for it.
-func programRung(suites []*built) (some []*built, run string) {
-	var names []string
-	for _, s := range suites {
-		found := false
-		for test, rung := range s.tests {
-			if rung == "program" {
-				names, found = append(names, test), true
-			}
-		}
-		if found {
-			some = append(some, s)
-		}
-	}
-	return some, "^(" + strings.Join(names, "|") + ")$"
-}
-
 // writeInitramfs writes an initramfs with the suites, which runs `script`.
 func writeInitramfs(path, script string, suites []*built) error {
 	busybox, err := exec.LookPath("busybox")

@@ -127,6 +127,15 @@ func TestMustNotSkip(t *testing.T) {
 	}
 }
 
+func TestOnlyRungs(t *testing.T) {
+	loader := &built{tests: map[string]string{"TestLoad": "program", "TestAttach": "attach", "TestReach": "node"}}
+	agent := &built{tests: map[string]string{"TestLife": "agent"}}
+	some, run := onlyRungs([]*built{loader, agent}, "TestLoad|TestAttach/clsact", []string{"program", "attach"})
+	if len(some) != 1 || some[0] != loader || run != "^(TestAttach|TestLoad)$/clsact" {
+		t.Errorf("%v, %s", some, run)
+	}
+}
+
 func TestUpdateCounts(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "instructions.txt")
 	if err := os.WriteFile(path, []byte("# what it is\n6.1 node_in 1\n6.1 gone 9\n6.18 node_in 2\n"), 0o644); err != nil {
