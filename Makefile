@@ -34,14 +34,14 @@ fuzz: ## each fuzz target for FUZZTIME (30s)
 
 vmtest: deps deps-vmtest ## what kernels decide, on each kernel of vmtest/kernels.txt [KERNEL=6.1,...] [RUN=regexp] [UPDATE=1]
 	$(GO) run ./vmtest -kernel '$(KERNEL)' -run '$(RUN)' $(if $(UPDATE),-update)
-	$(if $(KERNEL)$(RUN)$(UPDATE),,$(GO) test -count 1 -tags vmtest -run Deliberate -v ./vmtest)
+	$(if $(KERNEL)$(RUN)$(UPDATE),,$(GO) test -count 1 -tags vmtest -parallel 2 -run Deliberate -v ./vmtest)
 
 vmtest-shell: deps-vmtest ## a shell in a guest of KERNEL
 	$(GO) run ./vmtest -kernel '$(KERNEL)' -shell
 
 lint: deps-generate ## go vet, staticcheck, gofmt, clang-format
-	$(GO) vet ./...
-	$(GO) tool staticcheck ./...
+	$(GO) vet -tags vmtest ./... ./vmtest/testdata/failures
+	$(GO) tool staticcheck -tags vmtest ./...
 	@test -z "$$(gofmt -l .)" || { gofmt -d .; exit 1; }
 	$(CLANG_FORMAT) --dry-run -Werror bpf/*.c bpf/*.h
 

@@ -28,8 +28,10 @@ import (
 // lab is a testenv.Lab whose node has the programs, and a service of all backends in both families.
 type lab struct {
 	*testenv.Lab
-	rig  *rig
-	vips map[int]netip.AddrPort // by family
+	rig      *rig
+	vips     map[int]netip.AddrPort // by family
+	programs *loader.Loader
+	devices  []loader.Device // that have programs
 }
 
 const (
@@ -69,12 +71,11 @@ func newLab(t *testing.T, c testenv.Config) *lab {
 		}
 	}
 	if err := l.Node.Do(func() error {
-		programs, err := loader.Load(m, loader.Config{SilentBackend: labSilentBackend})
+		l.programs, err = loader.Load(m, loader.Config{SilentBackend: labSilentBackend})
 		if err != nil {
 			return err
 		}
-		t.Cleanup(func() { programs.Close() })
-		var devices []loader.Device
+		t.Cleanup(func() { l.programs.Close() })
 		pod := loader.Pod
 		if c.Bridge {
 			pod = loader.Port
@@ -96,10 +97,10 @@ func newLab(t *testing.T, c testenv.Config) *lab {
 						return err
 					}
 				}
-				devices = append(devices, loader.Device{Index: link.Attrs().Index, Name: host.NodeDevice, Role: role, LinkHeader: 14})
+				l.devices = append(l.devices, loader.Device{Index: link.Attrs().Index, Name: host.NodeDevice, Role: role, LinkHeader: 14})
 			}
 		}
-		return programs.Set(devices)
+		return l.programs.Set(l.devices)
 	}); err != nil {
 		t.Fatalf("%+v", err)
 	}

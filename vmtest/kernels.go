@@ -27,6 +27,7 @@ type kernel struct {
 	image   string // boot/vmlinuz-VERSION below the folder that has lib/modules/VERSION
 	needs   string // the only way to give a guest its root, or empty
 	lacks   []string
+	rungs   []string // nil: all
 }
 
 // hostKernel is the kernel that this process runs on.
@@ -50,6 +51,8 @@ func parseKernels(table string) ([]kernel, error) {
 				k.needs = value
 			case "lacks":
 				k.lacks = strings.Split(value, ",")
+			case "rungs":
+				k.rungs = strings.Split(value, ",")
 			default:
 				return nil, fmt.Errorf("kernel %s: unknown %q", k.name, f)
 			}

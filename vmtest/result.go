@@ -226,10 +226,7 @@ func print(w io.Writer, results []*result) {
 			fmt.Fprintf(t, "%s\t%s\t%d\t%d\t%d\t%.0f\t%s\n", version, name, g.passed, g.failed, g.skipped, g.seconds, r.runner)
 		}
 		verdict := "ok"
-		switch {
-		case r.runner == "":
-			verdict = "NOT RUN"
-		case !r.ok():
+		if !r.ok() {
 			verdict = "FAILED"
 		}
 		if r.retried {
@@ -250,7 +247,7 @@ func print(w io.Writer, results []*result) {
 		for _, e := range r.errors {
 			fmt.Fprintf(w, "%s: %s\n", r.kernel.name, e)
 		}
-		if len(r.errors) > 0 && r.runner != "" && len(r.console) > 0 {
+		if len(r.errors) > 0 && len(r.console) > 0 {
 			fmt.Fprintf(w, "%s: the last lines of its console:\n\t%s\n", r.kernel.name, strings.Join(r.console, "\n\t"))
 		}
 	}

@@ -54,7 +54,7 @@ func script(suites []*built, guest bool, run string) string {
 	if guest {
 		b.WriteString("mount -t bpf bpf /sys/fs/bpf || exit 1\n")
 		// What no system call asks for by itself.
-		b.WriteString("for module in tun br_netfilter; do modprobe $module; done\n")
+		b.WriteString("for module in tun br_netfilter; do modprobe $module 2>/dev/null; done\n")
 	}
 	fmt.Fprintf(&b, "echo '%s'\n", markBoot)
 	for _, s := range suites {
@@ -69,22 +69,24 @@ func script(suites []*built, guest bool, run string) string {
 
 func quote(s string) string { return "'" + strings.ReplaceAll(s, "'", `'\''`) + "'" }
 
-// runner names the way in which a kernel is run here, or why it cannot be.
-func (m machine) runner(k kernel) (name string, reason string) {
+const plainQEMU = "qemu"
+
+// runner names the way in which a kernel is run here.
+func (m machine) runner(k kernel) (name string) {
 	switch {
 	case k.name == hostKernel:
-		return "directly", ""
+		return "directly"
 	case m.virtiofsd:
 		name = "vng+virtiofs"
 	case k.needs == "virtiofs":
-		return "", "its root needs virtiofs, and no Rust virtiofsd is in PATH: cargo install virtiofsd --locked"
+		name = plainQEMU
 	default:
 		name = "vng+9p"
 	}
 	if m.kvm {
 		name += "+kvm"
 	}
-	return name, ""
+	return name
 }
 
 // vngArgs is the command line of virtme-ng, but for what runs in the guest.
@@ -121,7 +123,7 @@ func (m machine) once(ctx context.Context, k kernel, suites []*built, run, logs 
 	r := newResult(k, suites)
 	start := time.Now()
 	defer func() { r.took = time.Since(start) }()
-	r.runner, _ = m.runner(k)
+	r.runner = m.runner(k)
 	if err := m.start(ctx, k, suites, run, logs, l, r); err != nil {
 		r.fail("%v", err)
 	}
@@ -129,7 +131,18 @@ func (m machine) once(ctx context.Context, k kernel, suites []*built, run, logs 
 }
 
 func (m machine) start(ctx context.Context, k kernel, suites []*built, run, logs string, l limits, r *result) error {
-	guest := k.name != hostKernel
+	guest, plain := k.name != hostKernel, strings.HasPrefix(r.runner, plainQEMU)
+	rungs := k.rungs
+	if plain {
+		rungs = []string{"program"} // the others need modules and programs
+	}
+	if rungs != nil {
+		if suites, run = onlyRungs(suites, run, rungs); len(suites) == 0 {
+			r.booted, r.done = true, true
+			fmt.Printf("%s: none of these tests is of its rungs: %q\n", k.name, rungs)
+			return nil
+		}
+	}
 	dir := filepath.Join(logs, k.name)
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return err
@@ -142,7 +155,14 @@ func (m machine) start(ctx context.Context, k kernel, suites []*built, run, logs
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	cmd := exec.CommandContext(ctx, "sh", path)
-	if guest {
+	switch {
+	case plain:
+		initramfs := path + ".cpio"
+		if err := writeInitramfs(initramfs, path, suites); err != nil {
+			return fmt.Errorf("make an initramfs: %w", err)
+		}
+		cmd = exec.CommandContext(ctx, "qemu-system-x86_64", m.qemuArgs(k.image, initramfs, "/dev/stderr")...)
+	case guest:
 		cmd = exec.CommandContext(ctx, m.vng, append(m.vngArgs(k), "--", "sh "+path)...)
 	}
 	cmd.Env = m.environment()
@@ -206,7 +226,7 @@ type tail struct {
 	complaints []string
 }
 
-const tailLines = 25
+const tailLines = 40
 
 func (t *tail) Write(b []byte) (int, error) {
 	parts := strings.Split(t.partial+string(b), "\n")
@@ -288,7 +308,7 @@ func (r *result) read(output io.Reader, watch *watchdog) error {
 		case text == markDone:
 			r.done, r.running = true, ""
 		case events != nil:
-			if _, err := io.WriteString(events, line); err != nil {
+			if _, err := io.WriteString(events, text+"\n"); err != nil {
 				return err
 			}
 		}

@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 )
 
@@ -80,4 +81,23 @@ func (s suite) build(ctx context.Context, module, dir, run string) (*built, erro
 		return nil, fmt.Errorf("build the tests of %s: %w", s.folder, err)
 	}
 	return b, nil
+}
+
+// onlyRungs leaves what of the suites and of an expression for tests belongs to some rungs.
+func onlyRungs(suites []*built, run string, rungs []string) (some []*built, _ string) {
+	var names []string
+	for _, s := range suites {
+		before := len(names)
+		for test, rung := range s.tests {
+			if slices.Contains(rungs, rung) {
+				names = append(names, test)
+			}
+		}
+		if len(names) > before {
+			some = append(some, s)
+		}
+	}
+	slices.Sort(names)
+	_, subtests, _ := strings.Cut(run, "/")
+	return some, "^(" + strings.Join(names, "|") + ")$/" + subtests
 }

@@ -1,0 +1,177 @@
+//go:build vmtest
+
+// SPDX-License-Identifier: Apache-2.0
+
+package loader_test
+
+import (
+	"errors"
+	"net"
+	"net/netip"
+	"os"
+	"testing"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/lbagent/lbagent/internal/testenv"
+	"github.com/lbagent/lbagent/loader"
+	"github.com/lbagent/lbagent/maps"
+)
+
+// Devices that many a developer's kernel lacks, and that Debian's have: so `make vmtest` alone builds this file.
+
+// cable is a second way between the client and the node.
+type cable struct {
+	kind       string
+	linkHeader int
+	families   []int
+	vlan       uint16
+	// end returns one end's device, which lies on the device of the first cable.
+	end func(attributes netlink.LinkAttrs, under int, from, to *testenv.Host) netlink.Link
+}
+
+const cableName = "cable0"
+
+func cables() []cable {
+	both := []int{4, 6}
+	ip := func(a netip.Addr) net.IP { return a.AsSlice() }
+	return []cable{
+		{"VLAN", 14, both, 5, func(a netlink.LinkAttrs, under int, _, _ *testenv.Host) netlink.Link {
+			a.ParentIndex = under
+			return &netlink.Vlan{LinkAttrs: a, VlanId: 5}
+		}},
+		{"VXLAN", 14, both, 0, func(a netlink.LinkAttrs, under int, from, to *testenv.Host) netlink.Link {
+			return &netlink.Vxlan{LinkAttrs: a, VxlanId: 5, Port: 4789, VtepDevIndex: under, SrcAddr: ip(from.IPv4), Group: ip(to.IPv4)}
+		}},
+		{"Geneve", 14, both, 0, func(a netlink.LinkAttrs, _ int, _, to *testenv.Host) netlink.Link {
+			return &netlink.Geneve{LinkAttrs: a, ID: 5, Remote: ip(to.IPv4), Dport: 6081}
+		}},
+		{"IPIP", 0, []int{4}, 0, func(a netlink.LinkAttrs, _ int, from, to *testenv.Host) netlink.Link {
+			return &netlink.Iptun{LinkAttrs: a, Local: ip(from.IPv4), Remote: ip(to.IPv4)}
+		}},
+		{"GRE", 0, both, 0, func(a netlink.LinkAttrs, _ int, from, to *testenv.Host) netlink.Link {
+			return &netlink.Gretun{LinkAttrs: a, Local: ip(from.IPv4), Remote: ip(to.IPv4)}
+		}},
+		{"bond", 14, both, 0, nil},
+	}
+}
+
+// TestCables: a client reaches a service through each kind of device, which has the programs of a node's.
+func TestCables(t *testing.T) {
+	for _, c := range cables() {
+		t.Run(c.kind, func(t *testing.T) {
+			l := newLab(t, testenv.Config{Backends: 1})
+			nodes := map[int]netip.Addr{4: netip.MustParseAddr("192.0.2.241"), 6: netip.MustParseAddr("fd00:c::ff01")}
+			clients := map[int]netip.Addr{4: netip.MustParseAddr("192.0.2.242"), 6: netip.MustParseAddr("fd00:c::ff02")}
+			device := l.plug(c, nodes, clients)
+			if c.vlan != 0 {
+				uplink, _ := l.device(l.Client.NodeDevice)
+				l.rig.must(l.rig.maps.SetVLAN(maps.VLANKey{Parent: uplink, Id: c.vlan}, uint32(device)))
+			}
+			l.devices = append(l.devices, loader.Device{Index: device, Name: cableName, Role: loader.Node, LinkHeader: c.linkHeader})
+			l.rig.must(l.Node.Do(func() error { return l.programs.Set(l.devices) }))
+			for _, family := range c.families {
+				client := testenv.NewHTTPClient(l.Client.Namespace, netip.AddrPort{})
+				defer client.Close()
+				answer, err := client.Who(l.context(), l.vips[family])
+				if err != nil {
+					t.Errorf("IPv%d: %v; reasons %v", family, err, l.reasons())
+				} else if answer.Client.Addr() != clients[family] {
+					t.Errorf("the backend sees %s, not %s", answer.Client, clients[family])
+				}
+			}
+		})
+	}
+}
+
+// plug makes the cable, with the client's way to the VIPs through it, and returns the node's end.
+func (l *lab) plug(c cable, nodes, clients map[int]netip.Addr) (device int) {
+	t := l.rig.t
+	t.Helper()
+	attributes := netlink.NewLinkAttrs()
+	attributes.Name = cableName
+	try := func(host *testenv.Host, f func() error) {
+		t.Helper()
+		if err := host.Do(f); errors.Is(err, unix.EOPNOTSUPP) {
+			t.Skipf("this kernel has no %s devices", c.kind)
+		} else if err != nil {
+			t.Fatal(err)
+		}
+	}
+	add := func(from, to *testenv.Host, under string) func() error {
+		return func() error {
+			parent, err := netlink.LinkByName(under)
+			if err != nil {
+				return err
+			}
+			return netlink.LinkAdd(c.end(attributes, parent.Attrs().Index, from, to))
+		}
+	}
+	if c.end == nil {
+		try(l.Node, func() error { return l.bond(attributes) })
+	} else {
+		try(l.Node, add(l.Node, l.Client, l.Client.NodeDevice))
+		try(l.Client, add(l.Client, l.Node, "eth0"))
+	}
+	up := func(own map[int]netip.Addr) (link netlink.Link, err error) {
+		if link, err = netlink.LinkByName(cableName); err != nil {
+			return nil, err
+		}
+		for _, family := range c.families {
+			a := &netlink.Addr{IPNet: &net.IPNet{IP: own[family].AsSlice(), Mask: net.CIDRMask(30, 32)}}
+			if family == 6 {
+				a.Mask, a.Flags = net.CIDRMask(126, 128), unix.IFA_F_NODAD
+			}
+			if err := netlink.AddrAdd(link, a); err != nil {
+				return nil, err
+			}
+		}
+		return link, netlink.LinkSetUp(link)
+	}
+	try(l.Node, func() error {
+		link, err := up(nodes)
+		if err == nil {
+			device = link.Attrs().Index
+		}
+		return err
+	})
+	try(l.Client, func() error {
+		link, err := up(clients)
+		if err != nil {
+			return err
+		}
+		for _, family := range c.families {
+			if err := netlink.RouteReplace(&netlink.Route{
+				LinkIndex: link.Attrs().Index, Dst: netlink.NewIPNet(l.vips[family].Addr().AsSlice()),
+				Gw: nodes[family].AsSlice(), Src: clients[family].AsSlice(),
+			}); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	return device
+}
+
+// bond makes a bond of one veth device, whose peer is the client's end.
+func (l *lab) bond(attributes netlink.LinkAttrs) error {
+	b := netlink.NewLinkBond(attributes)
+	b.Mode = netlink.BOND_MODE_ACTIVE_BACKUP
+	if err := netlink.LinkAdd(b); err != nil {
+		return err
+	}
+	client, err := os.Open(l.Client.Path())
+	if err != nil {
+		return err
+	}
+	defer client.Close()
+	a := netlink.NewLinkAttrs()
+	a.Name = "slave0"
+	veth := netlink.NewVeth(a)
+	veth.PeerName, veth.PeerNamespace = cableName, netlink.NsFd(client.Fd())
+	if err := netlink.LinkAdd(veth); err != nil {
+		return err
+	}
+	return errors.Join(netlink.LinkSetMaster(veth, b), netlink.LinkSetUp(veth))
+}
