@@ -383,6 +383,7 @@ func TestOthers(t *testing.T) {
 // TestOthersFilters: tcx programs run before every clsact filter, so where others have filters at egress ours is the
 // last of those, for as long as they are there, over a restart too.
 func TestOthersFilters(t *testing.T) {
+	requireTCX(t)
 	h := newHost(t)
 	other, err := ebpf.NewProgram(&ebpf.ProgramSpec{
 		Name: "other", Type: ebpf.SchedCLS, License: "GPL",
