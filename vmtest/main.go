@@ -139,8 +139,13 @@ func prepare(ctx context.Context, kernels []kernel, cache string) (machine, erro
 		if k.name == hostKernel {
 			continue
 		}
-		if err := k.fetch(ctx, cache); err != nil {
-			return m, err
+		if k.fetch(ctx, cache) != nil { // the lists may be older than what the mirror has
+			if err := runCommand(exec.CommandContext(ctx, "apt-get", "-qq", "update")); err != nil {
+				return m, fmt.Errorf("update the lists of packages: %w", err)
+			}
+			if err := k.fetch(ctx, cache); err != nil {
+				return m, err
+			}
 		}
 		if !kvm {
 			kvm, m.kvm = true, probeKVM(ctx, k.image)

@@ -53,6 +53,8 @@ func script(suites []*built, guest bool, run string) string {
 	b.WriteString("#!/bin/sh\n")
 	if guest {
 		b.WriteString("mount -t bpf bpf /sys/fs/bpf || exit 1\n")
+		// Else each new namespace has a device of every kind of tunnel that a test has made.
+		b.WriteString("echo 1 >/proc/sys/net/core/fb_tunnels_only_for_init_net\n")
 		// What no system call asks for by itself.
 		b.WriteString("for module in tun br_netfilter; do modprobe $module 2>/dev/null; done\n")
 	}
@@ -167,7 +169,7 @@ func (m machine) start(ctx context.Context, k kernel, suites []*built, run, logs
 	}
 	cmd.Env = m.environment()
 	// A group of its own: to kill vng alone would leave QEMU. Standard input is /dev/null, which vng insists on.
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGTERM}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
 	cmd.WaitDelay = 5 * time.Second
 	stdout, err := cmd.StdoutPipe() // a pipe: vng spoils a file
