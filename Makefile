@@ -32,12 +32,15 @@ fuzz: ## each fuzz target for FUZZTIME (30s)
 		done; \
 	done
 
+# Not by `go run`, which passes no signal on: guests would outlive it.
 vmtest: deps deps-vmtest ## what kernels decide, on each kernel of vmtest/kernels.txt [KERNEL=6.1,...] [RUN=regexp] [UPDATE=1]
-	$(GO) run ./vmtest -kernel '$(KERNEL)' -run '$(RUN)' $(if $(UPDATE),-update)
+	$(GO) build -o .cache/vmtest/ ./vmtest
+	.cache/vmtest/vmtest -kernel '$(KERNEL)' -run '$(RUN)' $(if $(UPDATE),-update)
 	$(if $(KERNEL)$(RUN)$(UPDATE),,$(GO) test -count 1 -tags vmtest -parallel 2 -run Deliberate -v ./vmtest)
 
 vmtest-shell: deps-vmtest ## a shell in a guest of KERNEL
-	$(GO) run ./vmtest -kernel '$(KERNEL)' -shell
+	$(GO) build -o .cache/vmtest/ ./vmtest
+	.cache/vmtest/vmtest -kernel '$(KERNEL)' -shell
 
 lint: deps-generate ## go vet, staticcheck, gofmt, clang-format
 	$(GO) vet -tags vmtest ./... ./vmtest/testdata/failures
