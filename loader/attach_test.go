@@ -337,18 +337,25 @@ func TestDeviceReplaced(t *testing.T) {
 	})
 }
 
-// Ours is first at ingress and last at egress, and cleanup leaves others' programs alone.
-func TestOthers(t *testing.T) {
-	requireTCX(t)
-	h := newHost(t)
-	other, err := ebpf.NewProgram(&ebpf.ProgramSpec{
+// otherProgram is a program of somebody else's, which passes every packet on.
+func otherProgram(t *testing.T) *ebpf.Program {
+	t.Helper()
+	p, err := ebpf.NewProgram(&ebpf.ProgramSpec{
 		Name: "other", Type: ebpf.SchedCLS, License: "GPL",
 		Instructions: asm.Instructions{asm.Mov.Imm(asm.R0, -1), asm.Return()},
 	})
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer other.Close()
+	t.Cleanup(func() { p.Close() })
+	return p
+}
+
+// Ours is first at ingress and last at egress, and cleanup leaves others' programs alone.
+func TestOthers(t *testing.T) {
+	requireTCX(t)
+	h := newHost(t)
+	other := otherProgram(t)
 	var links []link.Link
 	attach := func() {
 		h.do(func() error {
@@ -385,14 +392,7 @@ func TestOthers(t *testing.T) {
 func TestOthersFilters(t *testing.T) {
 	requireTCX(t)
 	h := newHost(t)
-	other, err := ebpf.NewProgram(&ebpf.ProgramSpec{
-		Name: "other", Type: ebpf.SchedCLS, License: "GPL",
-		Instructions: asm.Instructions{asm.Mov.Imm(asm.R0, -1), asm.Return()},
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer other.Close()
+	other := otherProgram(t)
 	filter := &netlink.BpfFilter{
 		FilterAttrs: netlink.FilterAttrs{LinkIndex: 10, Parent: netlink.HANDLE_MIN_EGRESS, Handle: 1, Protocol: unix.ETH_P_ALL, Priority: 49152},
 		Fd:          other.FD(), Name: "other", DirectAction: true,
