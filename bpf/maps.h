@@ -57,6 +57,61 @@ struct {
 	__type(value, struct backend);
 } backends SEC(".maps");
 
+/* service and client -> the backend that the client has, of services with session affinity. Written by the
+ * programs where a flow begins. A missing key: the client has none yet. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 65536);
+	__type(key, struct affinity_key);
+	__type(value, struct affinity);
+} affinity SEC(".maps");
+
+/* service and prefix of clients -> allowed. Written by reconcile, read where a flow to a load balancer address
+ * of a service with SERVICE_SOURCE_RANGES begins. A missing key: not allowed. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 65536);
+	__type(key, struct source_range);
+	__type(value, __u8);
+} source_ranges SEC(".maps");
+
+/* 0 -> where ClusterIPs are. Written by reconcile through its own mapping, read for packets that are no
+ * service's. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct service_prefixes);
+} service_prefixes SEC(".maps");
+
+/* service id, backend id -> what has become of its packets. Added to by the programs, atomically, where a flow
+ * begins and where the sweeper passes; never per packet. Set to 0 by reconcile where an id gets a new owner. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__uint(max_entries, 32768);
+	__type(key, __u32);
+	__type(value, struct service_stats);
+} service_stats SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__uint(max_entries, 131072);
+	__type(key, __u32);
+	__type(value, struct backend_stats);
+} backend_stats SEC(".maps");
+
+/* 0 -> how many ICMP errors this CPU may send. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct icmp_limit);
+} icmp_limits SEC(".maps");
+
 /* tuple -> one half of a flow. Written by the programs alone. `pending` holds what is not assured yet: the
  * client has not spoken again after an answer. A flood turns it over and leaves `flows` alone. An entry past
  * its timeout is absent, whether or not the table has dropped it. */

@@ -15,7 +15,7 @@
 #define NAME_LENGTH 64 /* a DNS label (RFC 1123) and its final zero */
 
 /* The version of all layouts below, kept in map `record`. Raise it with every change of a layout. */
-#define LAYOUT_VERSION 3
+#define LAYOUT_VERSION 4
 
 #define __one_byte __attribute__((packed)) /* an enum of one byte */
 
@@ -37,8 +37,15 @@ enum frontend_kind {
 	KIND_EXTERNAL,
 	KIND_HOST_PORT,
 	KIND_IDENTITY, /* a backend's own address; of no service */
-	KIND_ADDRESS, /* port 0, PROTOCOL_ANY: this address is a ClusterIP */
+	KIND_ADDRESS, /* port 0, PROTOCOL_ANY: this address is some Service's, and its flags say more */
 } __one_byte;
+
+/* What is known of an address itself, of KIND_ADDRESS. None of them: it is another proxy's VIP, or an address
+ * of this node, and what is not sent to a frontend of it is left alone. */
+enum address_flags {
+	ADDRESS_CLUSTER_IP = 1, /* a ClusterIP: what is sent to another port is rejected */
+	ADDRESS_ECHO = 2, /* a service here has a usable endpoint: echo requests are answered */
+};
 
 struct frontend_key {
 	__u8 address[ADDRESS_LENGTH];
@@ -53,7 +60,7 @@ _Static_assert(sizeof(struct frontend_key) == 20, "a key without a hole");
 struct frontend {
 	__u32 service;
 	enum frontend_kind kind;
-	__u8 flags; /* none yet */
+	__u8 flags; /* of enum address_flags */
 	__u16 key_tag; /* of its key: see key_tag */
 } __attribute__((aligned(8)));
 _Static_assert(sizeof(struct frontend) == 8, "one u64");
@@ -65,11 +72,25 @@ struct slot_range {
 } __attribute__((aligned(8)));
 _Static_assert(sizeof(struct slot_range) == 8, "one u64");
 
+enum service_flags {
+	SERVICE_INTERNAL_LOCAL = 1, /* internalTrafficPolicy: Local */
+	SERVICE_EXTERNAL_LOCAL = 2, /* externalTrafficPolicy: Local */
+	SERVICE_SOURCE_RANGES =
+		4, /* only clients in map `source_ranges` reach its load balancer addresses */
+};
+
+/* How a service chooses. One u64: user space replaces it by one store. */
+struct service_policy {
+	__u32 flags; /* of enum service_flags */
+	__u32 affinity_timeout_s; /* 0: no session affinity */
+} __attribute__((aligned(8)));
+_Static_assert(sizeof(struct service_policy) == 8, "one u64");
+
 struct service {
 	struct slot_range cluster; /* the endpoints usable in scope Cluster */
-	struct slot_range local; /* those usable in scope Local; not used yet */
-	__u32 flags; /* none yet */
-	__u32 affinity_timeout_s; /* not used yet */
+	struct slot_range
+		local; /* those usable in scope Local; empty unless a policy flag is set */
+	struct service_policy policy;
 };
 _Static_assert(sizeof(struct service) == 24, "no padding");
 
@@ -80,7 +101,8 @@ struct service_name {
 	char port[NAME_LENGTH]; /* name of the Service port; "" where it has none */
 	enum protocol protocol;
 	__u8 family; /* 4 or 6 */
-	__u8 pad[2];
+	__u8 pod; /* 1: `name` is a Pod's, and `port` its hostPort, behind its hostIP where it has one */
+	__u8 pad;
 };
 _Static_assert(sizeof(struct service_name) == 196, "no padding");
 
@@ -91,12 +113,18 @@ enum backend_state {
 	BACKEND_REMOVED, /* no flow may choose it again; those that it has go on at its address */
 } __one_byte;
 
+/* The scopes in which new flows may choose a backend, by a slot or by affinity. */
+enum backend_flags {
+	BACKEND_CLUSTER = 1,
+	BACKEND_LOCAL = 2,
+};
+
 /* What may change while flows refer to the backend. One u64: user space replaces it by one store and a
  * packet judges a flow by one load, so it never meets a new generation with an old state. */
 struct backend_life {
 	__u32 generation; /* raised whenever flows of this backend must look again */
 	enum backend_state state;
-	__u8 flags; /* none yet */
+	__u8 flags; /* of enum backend_flags */
 	__u16 port;
 } __attribute__((aligned(8)));
 _Static_assert(sizeof(struct backend_life) == 8, "one u64");
@@ -109,6 +137,76 @@ struct backend {
 	__u8 pad[3];
 };
 _Static_assert(sizeof(struct backend) == 32, "no padding");
+
+/* The client of a service with session affinity, whichever frontend it comes by. */
+struct affinity_key {
+	__u32 service;
+	__u8 client[ADDRESS_LENGTH];
+};
+_Static_assert(sizeof(struct affinity_key) == 20, "a key without a hole");
+
+/* The backend that it has. By address, not by generation: what makes flows look again ends no affinity. */
+struct affinity {
+	__u8 address[ADDRESS_LENGTH];
+	__u64 last_used_ns; /* CLOCK_MONOTONIC; of the last flow that began */
+	__u32 backend;
+	__u16 port;
+	__u8 pad[2];
+};
+_Static_assert(sizeof(struct affinity) == 32, "no padding");
+
+/* A range of clients that may use the load balancer addresses of a service. A key of an LPM trie. */
+struct source_range {
+	__u32 prefix_length; /* in bits, of what follows: 32 and those of the address, which are 96 more for IPv4 */
+	__u32 service;
+	__u8 address[ADDRESS_LENGTH];
+};
+_Static_assert(sizeof(struct source_range) == 24, "a key without a hole");
+
+#define SERVICE_PREFIXES 16
+
+/* Addresses whose bits under `mask` are `address`. */
+struct prefix {
+	__u8 address[ADDRESS_LENGTH];
+	__u8 mask[ADDRESS_LENGTH]; /* all 0: none */
+} __attribute__((aligned(8)));
+
+/* Where ClusterIPs are: what is sent there and is no service's must not leave this node. */
+struct service_prefixes {
+	struct prefix list[SERVICE_PREFIXES];
+	__u32 count;
+	__u32 elsewhere; /* 1: there are ClusterIPs that are in none of the list */
+};
+_Static_assert(sizeof(struct service_prefixes) == 520, "no padding");
+
+/* What has become of packets that began a flow, or were to. Numbers since the maps were made. */
+struct service_stats {
+	__u64 flows; /* begun */
+	__u64 no_backend; /* packets refused: no usable endpoint */
+	__u64 no_local_backend; /* packets dropped: none on this node */
+	__u64 source_denied; /* packets dropped: loadBalancerSourceRanges */
+	__u64 packets_in; /* from clients; of the flows, up to their last count by the sweeper, as are the next three */
+	__u64 bytes_in;
+	__u64 packets_out; /* to clients */
+	__u64 bytes_out;
+};
+_Static_assert(sizeof(struct service_stats) == 64, "no padding");
+
+struct backend_stats {
+	__u64 flows; /* begun */
+	__u64 packets_in; /* as above */
+	__u64 bytes_in;
+	__u64 packets_out;
+	__u64 bytes_out;
+};
+_Static_assert(sizeof(struct backend_stats) == 40, "no padding");
+
+/* How many ICMP errors a CPU may send: a bucket that fills with time. */
+struct icmp_limit {
+	__u64 last_ns;
+	__u64 tokens;
+};
+_Static_assert(sizeof(struct icmp_limit) == 16, "no padding");
 
 /* ---- flows ---- */
 
@@ -151,6 +249,7 @@ enum flow_state {
 enum flow_flags {
 	FLOW_ACKNOWLEDGED = 1, /* `acknowledgement` is one */
 	FLOW_ANSWERED = 2, /* reply half: the backend has spoken; of TCP, up to `answer` */
+	FLOW_BACK = 4, /* hairpin: its packets leave by the device by which they came */
 };
 
 /* One half of a flow: a packet whose tuple is the key becomes `to` at `hook`. `to` is literal: ids of equal
@@ -171,8 +270,10 @@ struct flow {
 	__u64 last_seen_ns; /* CLOCK_MONOTONIC; written at most once a second */
 	__u64 packets;
 	__u64 bytes; /* of IP packets */
+	__u64 counted_packets; /* of those, what the sweeper has added to the statistics */
+	__u64 counted_bytes;
 };
-_Static_assert(sizeof(struct flow) == 88, "no padding");
+_Static_assert(sizeof(struct flow) == 104, "no padding");
 
 /* The two tables of flows. */
 enum table {
@@ -278,6 +379,14 @@ enum reason {
 	REASON_DETOUR, /* passed: a reply from a bridge's port, sent to the host's stack by its MAC address */
 	REASON_REDIRECT, /* dropped: the stack's ICMP redirect about a flow that takes such a detour */
 	REASON_OTHER_DEVICE, /* passed, untouched: of a VLAN that has its own device here */
+	REASON_NO_LOCAL_BACKEND, /* dropped: usable endpoints are on other nodes alone, and the policy is Local */
+	REASON_SOURCE_DENIED, /* dropped: loadBalancerSourceRanges */
+	REASON_WRONG_PORT, /* rejected: another port of a ClusterIP */
+	REASON_UNASSIGNED, /* dropped: an address of a service prefix that no Service has */
+	REASON_ECHO, /* an echo request to a VIP, answered */
+	REASON_REJECT_LIMITED, /* dropped: to be rejected, but ICMP errors were too many already */
+	REASON_NOT_ANSWERED, /* dropped: to be rejected, but this packet must not or cannot be answered */
+	REASON_TIME_EXCEEDED, /* hairpin: answered with time exceeded */
 	REASON_COUNT,
 };
 

@@ -9,6 +9,7 @@ import (
 	"cmp"
 	"fmt"
 	"net/netip"
+	"time"
 )
 
 // Protocol is an IP protocol number, as on the wire and in every map.
@@ -70,22 +71,40 @@ type ServiceName struct {
 	Port      string // name of the Service port; "" where it has none
 	Protocol  Protocol
 	Family    Family
+	// Pod: this is a hostPort. Name is the Pod's, and Port the hostPort, as "8080" or, where it has a hostIP,
+	// "192.0.2.1:8080".
+	Pod bool
 }
 
-// String is NAMESPACE/NAME:PORT/PROTOCOL FAMILY, without :PORT where the port has no name.
+// String is NAMESPACE/NAME:PORT/PROTOCOL FAMILY, without :PORT where the port has no name; "pod " before it where
+// the name is a Pod's.
 func (n ServiceName) String() string {
 	port := ""
 	if n.Port != "" {
 		port = ":" + n.Port
 	}
-	return fmt.Sprintf("%s/%s%s/%s %s", n.Namespace, n.Name, port, n.Protocol, n.Family)
+	pod := ""
+	if n.Pod {
+		pod = "pod "
+	}
+	return fmt.Sprintf("%s%s/%s%s/%s %s", pod, n.Namespace, n.Name, port, n.Protocol, n.Family)
 }
 
 // Compare orders names by namespace, name, port, protocol and family.
 func (n ServiceName) Compare(o ServiceName) int {
 	return cmp.Or(
 		cmp.Compare(n.Namespace, o.Namespace), cmp.Compare(n.Name, o.Name), cmp.Compare(n.Port, o.Port),
-		cmp.Compare(n.Protocol, o.Protocol), cmp.Compare(n.Family, o.Family))
+		cmp.Compare(n.Protocol, o.Protocol), cmp.Compare(n.Family, o.Family), compareBool(n.Pod, o.Pod))
+}
+
+func compareBool(a, b bool) int {
+	switch {
+	case a == b:
+		return 0
+	case a:
+		return 1
+	}
+	return -1
 }
 
 // Kind says where a frontend comes from. The zero Kind is none. The values are those of `enum
@@ -100,7 +119,7 @@ const (
 	External
 	HostPort
 	Identity // a backend's own address
-	Address  // port 0: the address is a ClusterIP
+	Address  // port 0: the address itself is some Service's
 )
 
 func (k Kind) String() string {
@@ -152,17 +171,82 @@ type Backend struct {
 	Addr netip.AddrPort // of the service's family, not v4-mapped
 	// Cluster: new flows may choose it (it is usable in the scope Cluster).
 	Cluster bool
+	// Local: new flows under a policy Local may (it is on this node, and usable in the scope Local).
+	Local bool
 	// Serving: flows that it has may keep it, though no new one may choose it (an endpoint that drains).
 	Serving bool
+	// Weight is its share of new flows beside those of the others of its scope. 0: no new client comes to it,
+	// though one that session affinity brings does.
+	Weight uint16
+}
+
+// MaxWeight is the greatest weight of a backend.
+const MaxWeight = 1000
+
+// Algorithm is how the new flows of a service spread over its backends.
+type Algorithm uint8
+
+// The algorithms.
+const (
+	Plain  Algorithm = iota // a list of the backends, each as often as its weight says
+	Maglev                  // as Plain, and a backend that comes or goes moves few flows of the others
+)
+
+func (a Algorithm) String() string {
+	switch a {
+	case Plain:
+		return "plain"
+	case Maglev:
+		return "maglev"
+	}
+	return fmt.Sprintf("algorithm %d", uint8(a))
 }
 
 // Service is one port of one Service in one family, with all that the kernel is to know of it.
 // Backends are sorted by address and no address stands twice; a backend that is neither Cluster nor
-// Serving is not listed.
+// Local nor Serving is not listed.
 type Service struct {
 	Name      ServiceName
 	Frontends []Frontend // sorted by VIP, no VIP twice
 	Backends  []Backend
+	Algorithm Algorithm
+	// InternalLocal: flows to a ClusterIP choose in the scope Local. ExternalLocal: those from outside to
+	// every other kind of frontend do.
+	InternalLocal, ExternalLocal bool
+	Affinity                     time.Duration // how long a client keeps its backend; whole seconds, 0: not at all
+	// SourceRanges are the clients that reach its frontends of kind LoadBalancer: masked, of the service's
+	// family, sorted, none twice. nil: all do.
+	SourceRanges []netip.Prefix
+}
+
+// Endpoint is one endpoint of a service with what becomes of it, for people.
+type Endpoint struct {
+	Addr       netip.AddrPort
+	Node, Zone string // where it is; "" where that is not known
+	Weight     uint16
+	// Cluster and Local are why new flows of that scope do not choose it: "not ready", "on another node",
+	// "another zone", "terminating, and ready ones exist". "": they do.
+	Cluster, Local string
+}
+
+// View is all that is known of a service, for people: more than the kernel is told.
+type View struct {
+	Service   Service
+	Endpoints []Endpoint // sorted by address, those that are no backends too
+	Waiting   []Waiting
+}
+
+// Waiting is a frontend that a service asks for and another one has.
+type Waiting struct {
+	Frontend Frontend
+	Holder   ServiceName
+}
+
+// HealthCheck is what the healthCheckNodePort of a Service answers.
+type HealthCheck struct {
+	Namespace, Name string
+	Port            uint16
+	LocalEndpoints  int // distinct addresses of ready endpoints on this node
 }
 
 // Problem is something wrong with the input, said so that its author can mend it.

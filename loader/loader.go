@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"net/netip"
 	"time"
 
 	"github.com/cilium/ebpf"
@@ -54,8 +55,15 @@ type Config struct {
 	// SilentBackend is how long a removed backend may leave a segment unanswered before its client's next
 	// packet is answered with a TCP reset; negative: for ever.
 	SilentBackend time.Duration
+	// Hairpin is what a pod that is its own endpoint sees as its client, IPv4 and IPv6.
+	Hairpin [2]netip.Addr
 	// Clsact attaches by clsact filters even where the kernel has tcx, for tests.
 	Clsact bool
+}
+
+// DefaultHairpin are the addresses of --hairpin-addresses: of the link alone, and of a ULA prefix.
+func DefaultHairpin() [2]netip.Addr {
+	return [2]netip.Addr{netip.MustParseAddr("169.254.77.1"), netip.MustParseAddr("fd77::1")}
 }
 
 // Loader holds loaded programs and what attaches them. Its methods must not be called concurrently (but see
@@ -81,6 +89,9 @@ type Features struct {
 func Load(m *maps.Maps, config Config) (*Loader, error) {
 	if config.Timeouts == (Timeouts{}) {
 		config.Timeouts = DefaultTimeouts()
+	}
+	if config.Hairpin == ([2]netip.Addr{}) {
+		config.Hairpin = DefaultHairpin()
 	}
 	features, err := Probe()
 	if err != nil {
@@ -172,6 +183,7 @@ func (l *Loader) configure(spec *ebpf.CollectionSpec, linkHeader int) error {
 	}
 	values := map[string]any{
 		"silent_backend_timeout_ms": silent,
+		"hairpin_addresses":         [2][16]byte{l.config.Hairpin[0].As16(), l.config.Hairpin[1].As16()},
 		"link_header_length":        uint8(linkHeader),
 		"hash_key":                  key,
 		"csum_ipv6_flag":            csumFlag,

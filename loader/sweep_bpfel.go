@@ -32,21 +32,28 @@ type sweepSweepStep struct {
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
+	sweepMapAffinity               = "affinity"
+	sweepMapBackendStats           = "backend_stats"
 	sweepMapBackends               = "backends"
 	sweepMapChanges                = "changes"
 	sweepMapDevices                = "devices"
 	sweepMapFlowLocks              = "flow_locks"
 	sweepMapFlows                  = "flows"
 	sweepMapFrontends              = "frontends"
+	sweepMapIcmpLimits             = "icmp_limits"
 	sweepMapPending                = "pending"
 	sweepMapReasons                = "reasons"
 	sweepMapRecord                 = "record"
 	sweepMapServiceNames           = "service_names"
+	sweepMapServicePrefixes        = "service_prefixes"
+	sweepMapServiceStats           = "service_stats"
 	sweepMapServices               = "services"
 	sweepMapSlots                  = "slots"
+	sweepMapSourceRanges           = "source_ranges"
 	sweepMapVlans                  = "vlans"
 	sweepProgSweep                 = "sweep"
 	sweepVarCsumIpv6Flag           = "csum_ipv6_flag"
+	sweepVarHairpinAddresses       = "hairpin_addresses"
 	sweepVarHashKey                = "hash_key"
 	sweepVarLinkHeaderLength       = "link_header_length"
 	sweepVarSilentBackendTimeoutMs = "silent_backend_timeout_ms"
@@ -103,19 +110,25 @@ type sweepProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type sweepMapSpecs struct {
-	Backends     *ebpf.MapSpec `ebpf:"backends"`
-	Changes      *ebpf.MapSpec `ebpf:"changes"`
-	Devices      *ebpf.MapSpec `ebpf:"devices"`
-	FlowLocks    *ebpf.MapSpec `ebpf:"flow_locks"`
-	Flows        *ebpf.MapSpec `ebpf:"flows"`
-	Frontends    *ebpf.MapSpec `ebpf:"frontends"`
-	Pending      *ebpf.MapSpec `ebpf:"pending"`
-	Reasons      *ebpf.MapSpec `ebpf:"reasons"`
-	Record       *ebpf.MapSpec `ebpf:"record"`
-	ServiceNames *ebpf.MapSpec `ebpf:"service_names"`
-	Services     *ebpf.MapSpec `ebpf:"services"`
-	Slots        *ebpf.MapSpec `ebpf:"slots"`
-	Vlans        *ebpf.MapSpec `ebpf:"vlans"`
+	Affinity        *ebpf.MapSpec `ebpf:"affinity"`
+	BackendStats    *ebpf.MapSpec `ebpf:"backend_stats"`
+	Backends        *ebpf.MapSpec `ebpf:"backends"`
+	Changes         *ebpf.MapSpec `ebpf:"changes"`
+	Devices         *ebpf.MapSpec `ebpf:"devices"`
+	FlowLocks       *ebpf.MapSpec `ebpf:"flow_locks"`
+	Flows           *ebpf.MapSpec `ebpf:"flows"`
+	Frontends       *ebpf.MapSpec `ebpf:"frontends"`
+	IcmpLimits      *ebpf.MapSpec `ebpf:"icmp_limits"`
+	Pending         *ebpf.MapSpec `ebpf:"pending"`
+	Reasons         *ebpf.MapSpec `ebpf:"reasons"`
+	Record          *ebpf.MapSpec `ebpf:"record"`
+	ServiceNames    *ebpf.MapSpec `ebpf:"service_names"`
+	ServicePrefixes *ebpf.MapSpec `ebpf:"service_prefixes"`
+	ServiceStats    *ebpf.MapSpec `ebpf:"service_stats"`
+	Services        *ebpf.MapSpec `ebpf:"services"`
+	Slots           *ebpf.MapSpec `ebpf:"slots"`
+	SourceRanges    *ebpf.MapSpec `ebpf:"source_ranges"`
+	Vlans           *ebpf.MapSpec `ebpf:"vlans"`
 }
 
 // sweepVariableSpecs contains global variables before they are loaded into the kernel.
@@ -123,6 +136,7 @@ type sweepMapSpecs struct {
 // It can be passed ebpf.CollectionSpec.Assign.
 type sweepVariableSpecs struct {
 	CsumIpv6Flag           *ebpf.VariableSpec `ebpf:"csum_ipv6_flag"`
+	HairpinAddresses       *ebpf.VariableSpec `ebpf:"hairpin_addresses"`
 	HashKey                *ebpf.VariableSpec `ebpf:"hash_key"`
 	LinkHeaderLength       *ebpf.VariableSpec `ebpf:"link_header_length"`
 	SilentBackendTimeoutMs *ebpf.VariableSpec `ebpf:"silent_backend_timeout_ms"`
@@ -150,35 +164,47 @@ func (o *sweepObjects) Close() error {
 //
 // It can be passed to loadSweepObjects or ebpf.CollectionSpec.LoadAndAssign.
 type sweepMaps struct {
-	Backends     *ebpf.Map `ebpf:"backends"`
-	Changes      *ebpf.Map `ebpf:"changes"`
-	Devices      *ebpf.Map `ebpf:"devices"`
-	FlowLocks    *ebpf.Map `ebpf:"flow_locks"`
-	Flows        *ebpf.Map `ebpf:"flows"`
-	Frontends    *ebpf.Map `ebpf:"frontends"`
-	Pending      *ebpf.Map `ebpf:"pending"`
-	Reasons      *ebpf.Map `ebpf:"reasons"`
-	Record       *ebpf.Map `ebpf:"record"`
-	ServiceNames *ebpf.Map `ebpf:"service_names"`
-	Services     *ebpf.Map `ebpf:"services"`
-	Slots        *ebpf.Map `ebpf:"slots"`
-	Vlans        *ebpf.Map `ebpf:"vlans"`
+	Affinity        *ebpf.Map `ebpf:"affinity"`
+	BackendStats    *ebpf.Map `ebpf:"backend_stats"`
+	Backends        *ebpf.Map `ebpf:"backends"`
+	Changes         *ebpf.Map `ebpf:"changes"`
+	Devices         *ebpf.Map `ebpf:"devices"`
+	FlowLocks       *ebpf.Map `ebpf:"flow_locks"`
+	Flows           *ebpf.Map `ebpf:"flows"`
+	Frontends       *ebpf.Map `ebpf:"frontends"`
+	IcmpLimits      *ebpf.Map `ebpf:"icmp_limits"`
+	Pending         *ebpf.Map `ebpf:"pending"`
+	Reasons         *ebpf.Map `ebpf:"reasons"`
+	Record          *ebpf.Map `ebpf:"record"`
+	ServiceNames    *ebpf.Map `ebpf:"service_names"`
+	ServicePrefixes *ebpf.Map `ebpf:"service_prefixes"`
+	ServiceStats    *ebpf.Map `ebpf:"service_stats"`
+	Services        *ebpf.Map `ebpf:"services"`
+	Slots           *ebpf.Map `ebpf:"slots"`
+	SourceRanges    *ebpf.Map `ebpf:"source_ranges"`
+	Vlans           *ebpf.Map `ebpf:"vlans"`
 }
 
 func (m *sweepMaps) Close() error {
 	return _SweepClose(
+		m.Affinity,
+		m.BackendStats,
 		m.Backends,
 		m.Changes,
 		m.Devices,
 		m.FlowLocks,
 		m.Flows,
 		m.Frontends,
+		m.IcmpLimits,
 		m.Pending,
 		m.Reasons,
 		m.Record,
 		m.ServiceNames,
+		m.ServicePrefixes,
+		m.ServiceStats,
 		m.Services,
 		m.Slots,
+		m.SourceRanges,
 		m.Vlans,
 	)
 }
@@ -188,6 +214,7 @@ func (m *sweepMaps) Close() error {
 // It can be passed to loadSweepObjects or ebpf.CollectionSpec.LoadAndAssign.
 type sweepVariables struct {
 	CsumIpv6Flag           *ebpf.Variable `ebpf:"csum_ipv6_flag"`
+	HairpinAddresses       *ebpf.Variable `ebpf:"hairpin_addresses"`
 	HashKey                *ebpf.Variable `ebpf:"hash_key"`
 	LinkHeaderLength       *ebpf.Variable `ebpf:"link_header_length"`
 	SilentBackendTimeoutMs *ebpf.Variable `ebpf:"silent_backend_timeout_ms"`

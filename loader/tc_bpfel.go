@@ -28,18 +28,24 @@ type tcFlowTimeouts struct {
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
+	tcMapAffinity               = "affinity"
+	tcMapBackendStats           = "backend_stats"
 	tcMapBackends               = "backends"
 	tcMapChanges                = "changes"
 	tcMapDevices                = "devices"
 	tcMapFlowLocks              = "flow_locks"
 	tcMapFlows                  = "flows"
 	tcMapFrontends              = "frontends"
+	tcMapIcmpLimits             = "icmp_limits"
 	tcMapPending                = "pending"
 	tcMapReasons                = "reasons"
 	tcMapRecord                 = "record"
 	tcMapServiceNames           = "service_names"
+	tcMapServicePrefixes        = "service_prefixes"
+	tcMapServiceStats           = "service_stats"
 	tcMapServices               = "services"
 	tcMapSlots                  = "slots"
+	tcMapSourceRanges           = "source_ranges"
 	tcMapVlans                  = "vlans"
 	tcProgNodeIn                = "node_in"
 	tcProgNodeOut               = "node_out"
@@ -47,6 +53,7 @@ const (
 	tcProgPodOut                = "pod_out"
 	tcProgPortIn                = "port_in"
 	tcVarCsumIpv6Flag           = "csum_ipv6_flag"
+	tcVarHairpinAddresses       = "hairpin_addresses"
 	tcVarHashKey                = "hash_key"
 	tcVarLinkHeaderLength       = "link_header_length"
 	tcVarSilentBackendTimeoutMs = "silent_backend_timeout_ms"
@@ -106,19 +113,25 @@ type tcProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type tcMapSpecs struct {
-	Backends     *ebpf.MapSpec `ebpf:"backends"`
-	Changes      *ebpf.MapSpec `ebpf:"changes"`
-	Devices      *ebpf.MapSpec `ebpf:"devices"`
-	FlowLocks    *ebpf.MapSpec `ebpf:"flow_locks"`
-	Flows        *ebpf.MapSpec `ebpf:"flows"`
-	Frontends    *ebpf.MapSpec `ebpf:"frontends"`
-	Pending      *ebpf.MapSpec `ebpf:"pending"`
-	Reasons      *ebpf.MapSpec `ebpf:"reasons"`
-	Record       *ebpf.MapSpec `ebpf:"record"`
-	ServiceNames *ebpf.MapSpec `ebpf:"service_names"`
-	Services     *ebpf.MapSpec `ebpf:"services"`
-	Slots        *ebpf.MapSpec `ebpf:"slots"`
-	Vlans        *ebpf.MapSpec `ebpf:"vlans"`
+	Affinity        *ebpf.MapSpec `ebpf:"affinity"`
+	BackendStats    *ebpf.MapSpec `ebpf:"backend_stats"`
+	Backends        *ebpf.MapSpec `ebpf:"backends"`
+	Changes         *ebpf.MapSpec `ebpf:"changes"`
+	Devices         *ebpf.MapSpec `ebpf:"devices"`
+	FlowLocks       *ebpf.MapSpec `ebpf:"flow_locks"`
+	Flows           *ebpf.MapSpec `ebpf:"flows"`
+	Frontends       *ebpf.MapSpec `ebpf:"frontends"`
+	IcmpLimits      *ebpf.MapSpec `ebpf:"icmp_limits"`
+	Pending         *ebpf.MapSpec `ebpf:"pending"`
+	Reasons         *ebpf.MapSpec `ebpf:"reasons"`
+	Record          *ebpf.MapSpec `ebpf:"record"`
+	ServiceNames    *ebpf.MapSpec `ebpf:"service_names"`
+	ServicePrefixes *ebpf.MapSpec `ebpf:"service_prefixes"`
+	ServiceStats    *ebpf.MapSpec `ebpf:"service_stats"`
+	Services        *ebpf.MapSpec `ebpf:"services"`
+	Slots           *ebpf.MapSpec `ebpf:"slots"`
+	SourceRanges    *ebpf.MapSpec `ebpf:"source_ranges"`
+	Vlans           *ebpf.MapSpec `ebpf:"vlans"`
 }
 
 // tcVariableSpecs contains global variables before they are loaded into the kernel.
@@ -126,6 +139,7 @@ type tcMapSpecs struct {
 // It can be passed ebpf.CollectionSpec.Assign.
 type tcVariableSpecs struct {
 	CsumIpv6Flag           *ebpf.VariableSpec `ebpf:"csum_ipv6_flag"`
+	HairpinAddresses       *ebpf.VariableSpec `ebpf:"hairpin_addresses"`
 	HashKey                *ebpf.VariableSpec `ebpf:"hash_key"`
 	LinkHeaderLength       *ebpf.VariableSpec `ebpf:"link_header_length"`
 	SilentBackendTimeoutMs *ebpf.VariableSpec `ebpf:"silent_backend_timeout_ms"`
@@ -152,35 +166,47 @@ func (o *tcObjects) Close() error {
 //
 // It can be passed to loadTcObjects or ebpf.CollectionSpec.LoadAndAssign.
 type tcMaps struct {
-	Backends     *ebpf.Map `ebpf:"backends"`
-	Changes      *ebpf.Map `ebpf:"changes"`
-	Devices      *ebpf.Map `ebpf:"devices"`
-	FlowLocks    *ebpf.Map `ebpf:"flow_locks"`
-	Flows        *ebpf.Map `ebpf:"flows"`
-	Frontends    *ebpf.Map `ebpf:"frontends"`
-	Pending      *ebpf.Map `ebpf:"pending"`
-	Reasons      *ebpf.Map `ebpf:"reasons"`
-	Record       *ebpf.Map `ebpf:"record"`
-	ServiceNames *ebpf.Map `ebpf:"service_names"`
-	Services     *ebpf.Map `ebpf:"services"`
-	Slots        *ebpf.Map `ebpf:"slots"`
-	Vlans        *ebpf.Map `ebpf:"vlans"`
+	Affinity        *ebpf.Map `ebpf:"affinity"`
+	BackendStats    *ebpf.Map `ebpf:"backend_stats"`
+	Backends        *ebpf.Map `ebpf:"backends"`
+	Changes         *ebpf.Map `ebpf:"changes"`
+	Devices         *ebpf.Map `ebpf:"devices"`
+	FlowLocks       *ebpf.Map `ebpf:"flow_locks"`
+	Flows           *ebpf.Map `ebpf:"flows"`
+	Frontends       *ebpf.Map `ebpf:"frontends"`
+	IcmpLimits      *ebpf.Map `ebpf:"icmp_limits"`
+	Pending         *ebpf.Map `ebpf:"pending"`
+	Reasons         *ebpf.Map `ebpf:"reasons"`
+	Record          *ebpf.Map `ebpf:"record"`
+	ServiceNames    *ebpf.Map `ebpf:"service_names"`
+	ServicePrefixes *ebpf.Map `ebpf:"service_prefixes"`
+	ServiceStats    *ebpf.Map `ebpf:"service_stats"`
+	Services        *ebpf.Map `ebpf:"services"`
+	Slots           *ebpf.Map `ebpf:"slots"`
+	SourceRanges    *ebpf.Map `ebpf:"source_ranges"`
+	Vlans           *ebpf.Map `ebpf:"vlans"`
 }
 
 func (m *tcMaps) Close() error {
 	return _TcClose(
+		m.Affinity,
+		m.BackendStats,
 		m.Backends,
 		m.Changes,
 		m.Devices,
 		m.FlowLocks,
 		m.Flows,
 		m.Frontends,
+		m.IcmpLimits,
 		m.Pending,
 		m.Reasons,
 		m.Record,
 		m.ServiceNames,
+		m.ServicePrefixes,
+		m.ServiceStats,
 		m.Services,
 		m.Slots,
+		m.SourceRanges,
 		m.Vlans,
 	)
 }
@@ -190,6 +216,7 @@ func (m *tcMaps) Close() error {
 // It can be passed to loadTcObjects or ebpf.CollectionSpec.LoadAndAssign.
 type tcVariables struct {
 	CsumIpv6Flag           *ebpf.Variable `ebpf:"csum_ipv6_flag"`
+	HairpinAddresses       *ebpf.Variable `ebpf:"hairpin_addresses"`
 	HashKey                *ebpf.Variable `ebpf:"hash_key"`
 	LinkHeaderLength       *ebpf.Variable `ebpf:"link_header_length"`
 	SilentBackendTimeoutMs *ebpf.Variable `ebpf:"silent_backend_timeout_ms"`

@@ -13,6 +13,28 @@ import (
 	"github.com/cilium/ebpf"
 )
 
+type bpfAddressFlags uint32
+
+const (
+	bpfAddressFlagsADDRESS_CLUSTER_IP bpfAddressFlags = 1
+	bpfAddressFlagsADDRESS_ECHO       bpfAddressFlags = 2
+)
+
+type bpfAffinity struct {
+	_          structs.HostLayout
+	Address    [16]uint8
+	LastUsedNs uint64
+	Backend    uint32
+	Port       uint16
+	Pad        [2]uint8
+}
+
+type bpfAffinityKey struct {
+	_       structs.HostLayout
+	Service uint32
+	Client  [16]uint8
+}
+
 type bpfBackend struct {
 	_        structs.HostLayout
 	Address  [16]uint8
@@ -21,6 +43,13 @@ type bpfBackend struct {
 	Protocol bpfProtocol
 	Pad      [3]uint8
 }
+
+type bpfBackendFlags uint32
+
+const (
+	bpfBackendFlagsBACKEND_CLUSTER bpfBackendFlags = 1
+	bpfBackendFlagsBACKEND_LOCAL   bpfBackendFlags = 2
+)
 
 type bpfBackendLife struct {
 	_          structs.HostLayout
@@ -38,6 +67,15 @@ const (
 	bpfBackendStateBACKEND_DRAINING bpfBackendState = 2
 	bpfBackendStateBACKEND_REMOVED  bpfBackendState = 3
 )
+
+type bpfBackendStats struct {
+	_          structs.HostLayout
+	Flows      uint64
+	PacketsIn  uint64
+	BytesIn    uint64
+	PacketsOut uint64
+	BytesOut   uint64
+}
 
 type bpfChange struct {
 	_          structs.HostLayout
@@ -78,6 +116,8 @@ type bpfFlow struct {
 	LastSeenNs      uint64
 	Packets         uint64
 	Bytes           uint64
+	CountedPackets  uint64
+	CountedBytes    uint64
 }
 
 type bpfFlowFlags uint32
@@ -85,6 +125,7 @@ type bpfFlowFlags uint32
 const (
 	bpfFlowFlagsFLOW_ACKNOWLEDGED bpfFlowFlags = 1
 	bpfFlowFlagsFLOW_ANSWERED     bpfFlowFlags = 2
+	bpfFlowFlagsFLOW_BACK         bpfFlowFlags = 4
 )
 
 type bpfFlowHook uint8
@@ -144,6 +185,18 @@ const (
 	bpfFrontendKindKIND_ADDRESS       bpfFrontendKind = 7
 )
 
+type bpfIcmpLimit struct {
+	_      structs.HostLayout
+	LastNs uint64
+	Tokens uint64
+}
+
+type bpfPrefix struct {
+	_       structs.HostLayout
+	Address [16]uint8
+	Mask    [16]uint8
+}
+
 type bpfProtocol uint8
 
 const (
@@ -156,37 +209,45 @@ const (
 type bpfReason uint32
 
 const (
-	bpfReasonREASON_NONE            bpfReason = 0
-	bpfReasonREASON_NOT_HOST        bpfReason = 1
-	bpfReasonREASON_NOT_IP          bpfReason = 2
-	bpfReasonREASON_MULTICAST       bpfReason = 3
-	bpfReasonREASON_MAPPED_ADDRESS  bpfReason = 4
-	bpfReasonREASON_MALFORMED       bpfReason = 5
-	bpfReasonREASON_FRAGMENT        bpfReason = 6
-	bpfReasonREASON_UNSUPPORTED     bpfReason = 7
-	bpfReasonREASON_NO_SERVICE      bpfReason = 8
-	bpfReasonREASON_NO_FLOW         bpfReason = 9
-	bpfReasonREASON_OTHER_HOOK      bpfReason = 10
-	bpfReasonREASON_NEW_FLOW        bpfReason = 11
-	bpfReasonREASON_FORWARD         bpfReason = 12
-	bpfReasonREASON_REPLY           bpfReason = 13
-	bpfReasonREASON_VIP_MALFORMED   bpfReason = 14
-	bpfReasonREASON_VIP_FRAGMENT    bpfReason = 15
-	bpfReasonREASON_VIP_UNSUPPORTED bpfReason = 16
-	bpfReasonREASON_REPLY_FRAGMENT  bpfReason = 17
-	bpfReasonREASON_NO_BACKEND      bpfReason = 18
-	bpfReasonREASON_STRAY_RST       bpfReason = 19
-	bpfReasonREASON_TUPLE_TAKEN     bpfReason = 20
-	bpfReasonREASON_TABLE_FULL      bpfReason = 21
-	bpfReasonREASON_NOT_WRITABLE    bpfReason = 22
-	bpfReasonREASON_LOCK_BUSY       bpfReason = 23
-	bpfReasonREASON_DIRECT          bpfReason = 24
-	bpfReasonREASON_NEW_DIRECT      bpfReason = 25
-	bpfReasonREASON_SILENT_BACKEND  bpfReason = 26
-	bpfReasonREASON_DETOUR          bpfReason = 27
-	bpfReasonREASON_REDIRECT        bpfReason = 28
-	bpfReasonREASON_OTHER_DEVICE    bpfReason = 29
-	bpfReasonREASON_COUNT           bpfReason = 30
+	bpfReasonREASON_NONE             bpfReason = 0
+	bpfReasonREASON_NOT_HOST         bpfReason = 1
+	bpfReasonREASON_NOT_IP           bpfReason = 2
+	bpfReasonREASON_MULTICAST        bpfReason = 3
+	bpfReasonREASON_MAPPED_ADDRESS   bpfReason = 4
+	bpfReasonREASON_MALFORMED        bpfReason = 5
+	bpfReasonREASON_FRAGMENT         bpfReason = 6
+	bpfReasonREASON_UNSUPPORTED      bpfReason = 7
+	bpfReasonREASON_NO_SERVICE       bpfReason = 8
+	bpfReasonREASON_NO_FLOW          bpfReason = 9
+	bpfReasonREASON_OTHER_HOOK       bpfReason = 10
+	bpfReasonREASON_NEW_FLOW         bpfReason = 11
+	bpfReasonREASON_FORWARD          bpfReason = 12
+	bpfReasonREASON_REPLY            bpfReason = 13
+	bpfReasonREASON_VIP_MALFORMED    bpfReason = 14
+	bpfReasonREASON_VIP_FRAGMENT     bpfReason = 15
+	bpfReasonREASON_VIP_UNSUPPORTED  bpfReason = 16
+	bpfReasonREASON_REPLY_FRAGMENT   bpfReason = 17
+	bpfReasonREASON_NO_BACKEND       bpfReason = 18
+	bpfReasonREASON_STRAY_RST        bpfReason = 19
+	bpfReasonREASON_TUPLE_TAKEN      bpfReason = 20
+	bpfReasonREASON_TABLE_FULL       bpfReason = 21
+	bpfReasonREASON_NOT_WRITABLE     bpfReason = 22
+	bpfReasonREASON_LOCK_BUSY        bpfReason = 23
+	bpfReasonREASON_DIRECT           bpfReason = 24
+	bpfReasonREASON_NEW_DIRECT       bpfReason = 25
+	bpfReasonREASON_SILENT_BACKEND   bpfReason = 26
+	bpfReasonREASON_DETOUR           bpfReason = 27
+	bpfReasonREASON_REDIRECT         bpfReason = 28
+	bpfReasonREASON_OTHER_DEVICE     bpfReason = 29
+	bpfReasonREASON_NO_LOCAL_BACKEND bpfReason = 30
+	bpfReasonREASON_SOURCE_DENIED    bpfReason = 31
+	bpfReasonREASON_WRONG_PORT       bpfReason = 32
+	bpfReasonREASON_UNASSIGNED       bpfReason = 33
+	bpfReasonREASON_ECHO             bpfReason = 34
+	bpfReasonREASON_REJECT_LIMITED   bpfReason = 35
+	bpfReasonREASON_NOT_ANSWERED     bpfReason = 36
+	bpfReasonREASON_TIME_EXCEEDED    bpfReason = 37
+	bpfReasonREASON_COUNT            bpfReason = 38
 )
 
 type bpfRecord struct {
@@ -197,12 +258,19 @@ type bpfRecord struct {
 }
 
 type bpfService struct {
-	_                structs.HostLayout
-	Cluster          bpfSlotRange
-	Local            bpfSlotRange
-	Flags            uint32
-	AffinityTimeoutS uint32
+	_       structs.HostLayout
+	Cluster bpfSlotRange
+	Local   bpfSlotRange
+	Policy  bpfServicePolicy
 }
+
+type bpfServiceFlags uint32
+
+const (
+	bpfServiceFlagsSERVICE_INTERNAL_LOCAL bpfServiceFlags = 1
+	bpfServiceFlagsSERVICE_EXTERNAL_LOCAL bpfServiceFlags = 2
+	bpfServiceFlagsSERVICE_SOURCE_RANGES  bpfServiceFlags = 4
+)
 
 type bpfServiceName struct {
 	_         structs.HostLayout
@@ -211,13 +279,46 @@ type bpfServiceName struct {
 	Port      [64]int8
 	Protocol  bpfProtocol
 	Family    uint8
-	Pad       [2]uint8
+	Pod       uint8
+	Pad       uint8
+}
+
+type bpfServicePolicy struct {
+	_                structs.HostLayout
+	Flags            uint32
+	AffinityTimeoutS uint32
+}
+
+type bpfServicePrefixes struct {
+	_         structs.HostLayout
+	List      [16]bpfPrefix
+	Count     uint32
+	Elsewhere uint32
+}
+
+type bpfServiceStats struct {
+	_              structs.HostLayout
+	Flows          uint64
+	NoBackend      uint64
+	NoLocalBackend uint64
+	SourceDenied   uint64
+	PacketsIn      uint64
+	BytesIn        uint64
+	PacketsOut     uint64
+	BytesOut       uint64
 }
 
 type bpfSlotRange struct {
 	_     structs.HostLayout
 	First uint32
 	Count uint32
+}
+
+type bpfSourceRange struct {
+	_            structs.HostLayout
+	PrefixLength uint32
+	Service      uint32
+	Address      [16]uint8
 }
 
 type bpfTable uint32
@@ -248,23 +349,32 @@ type bpfVlanKey struct {
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
-	bpfMapBackends       = "backends"
-	bpfMapChanges        = "changes"
-	bpfMapDevices        = "devices"
-	bpfMapFlowLocks      = "flow_locks"
-	bpfMapFlows          = "flows"
-	bpfMapFrontends      = "frontends"
-	bpfMapPending        = "pending"
-	bpfMapReasons        = "reasons"
-	bpfMapRecord         = "record"
-	bpfMapServiceNames   = "service_names"
-	bpfMapServices       = "services"
-	bpfMapSlots          = "slots"
-	bpfMapVlans          = "vlans"
-	bpfVarFlowFlagsNames = "flow_flags_names"
-	bpfVarFlowStateNames = "flow_state_names"
-	bpfVarReasonNames    = "reason_names"
-	bpfVarTableNames     = "table_names"
+	bpfMapAffinity          = "affinity"
+	bpfMapBackendStats      = "backend_stats"
+	bpfMapBackends          = "backends"
+	bpfMapChanges           = "changes"
+	bpfMapDevices           = "devices"
+	bpfMapFlowLocks         = "flow_locks"
+	bpfMapFlows             = "flows"
+	bpfMapFrontends         = "frontends"
+	bpfMapIcmpLimits        = "icmp_limits"
+	bpfMapPending           = "pending"
+	bpfMapReasons           = "reasons"
+	bpfMapRecord            = "record"
+	bpfMapServiceNames      = "service_names"
+	bpfMapServicePrefixes   = "service_prefixes"
+	bpfMapServiceStats      = "service_stats"
+	bpfMapServices          = "services"
+	bpfMapSlots             = "slots"
+	bpfMapSourceRanges      = "source_ranges"
+	bpfMapVlans             = "vlans"
+	bpfVarAddressFlagsNames = "address_flags_names"
+	bpfVarBackendFlagsNames = "backend_flags_names"
+	bpfVarFlowFlagsNames    = "flow_flags_names"
+	bpfVarFlowStateNames    = "flow_state_names"
+	bpfVarReasonNames       = "reason_names"
+	bpfVarServiceFlagsNames = "service_flags_names"
+	bpfVarTableNames        = "table_names"
 )
 
 // loadBpf returns the embedded CollectionSpec for bpf.
@@ -315,29 +425,38 @@ type bpfProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type bpfMapSpecs struct {
-	Backends     *ebpf.MapSpec `ebpf:"backends"`
-	Changes      *ebpf.MapSpec `ebpf:"changes"`
-	Devices      *ebpf.MapSpec `ebpf:"devices"`
-	FlowLocks    *ebpf.MapSpec `ebpf:"flow_locks"`
-	Flows        *ebpf.MapSpec `ebpf:"flows"`
-	Frontends    *ebpf.MapSpec `ebpf:"frontends"`
-	Pending      *ebpf.MapSpec `ebpf:"pending"`
-	Reasons      *ebpf.MapSpec `ebpf:"reasons"`
-	Record       *ebpf.MapSpec `ebpf:"record"`
-	ServiceNames *ebpf.MapSpec `ebpf:"service_names"`
-	Services     *ebpf.MapSpec `ebpf:"services"`
-	Slots        *ebpf.MapSpec `ebpf:"slots"`
-	Vlans        *ebpf.MapSpec `ebpf:"vlans"`
+	Affinity        *ebpf.MapSpec `ebpf:"affinity"`
+	BackendStats    *ebpf.MapSpec `ebpf:"backend_stats"`
+	Backends        *ebpf.MapSpec `ebpf:"backends"`
+	Changes         *ebpf.MapSpec `ebpf:"changes"`
+	Devices         *ebpf.MapSpec `ebpf:"devices"`
+	FlowLocks       *ebpf.MapSpec `ebpf:"flow_locks"`
+	Flows           *ebpf.MapSpec `ebpf:"flows"`
+	Frontends       *ebpf.MapSpec `ebpf:"frontends"`
+	IcmpLimits      *ebpf.MapSpec `ebpf:"icmp_limits"`
+	Pending         *ebpf.MapSpec `ebpf:"pending"`
+	Reasons         *ebpf.MapSpec `ebpf:"reasons"`
+	Record          *ebpf.MapSpec `ebpf:"record"`
+	ServiceNames    *ebpf.MapSpec `ebpf:"service_names"`
+	ServicePrefixes *ebpf.MapSpec `ebpf:"service_prefixes"`
+	ServiceStats    *ebpf.MapSpec `ebpf:"service_stats"`
+	Services        *ebpf.MapSpec `ebpf:"services"`
+	Slots           *ebpf.MapSpec `ebpf:"slots"`
+	SourceRanges    *ebpf.MapSpec `ebpf:"source_ranges"`
+	Vlans           *ebpf.MapSpec `ebpf:"vlans"`
 }
 
 // bpfVariableSpecs contains global variables before they are loaded into the kernel.
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type bpfVariableSpecs struct {
-	FlowFlagsNames *ebpf.VariableSpec `ebpf:"flow_flags_names"`
-	FlowStateNames *ebpf.VariableSpec `ebpf:"flow_state_names"`
-	ReasonNames    *ebpf.VariableSpec `ebpf:"reason_names"`
-	TableNames     *ebpf.VariableSpec `ebpf:"table_names"`
+	AddressFlagsNames *ebpf.VariableSpec `ebpf:"address_flags_names"`
+	BackendFlagsNames *ebpf.VariableSpec `ebpf:"backend_flags_names"`
+	FlowFlagsNames    *ebpf.VariableSpec `ebpf:"flow_flags_names"`
+	FlowStateNames    *ebpf.VariableSpec `ebpf:"flow_state_names"`
+	ReasonNames       *ebpf.VariableSpec `ebpf:"reason_names"`
+	ServiceFlagsNames *ebpf.VariableSpec `ebpf:"service_flags_names"`
+	TableNames        *ebpf.VariableSpec `ebpf:"table_names"`
 }
 
 // bpfObjects contains all objects after they have been loaded into the kernel.
@@ -360,35 +479,47 @@ func (o *bpfObjects) Close() error {
 //
 // It can be passed to loadBpfObjects or ebpf.CollectionSpec.LoadAndAssign.
 type bpfMaps struct {
-	Backends     *ebpf.Map `ebpf:"backends"`
-	Changes      *ebpf.Map `ebpf:"changes"`
-	Devices      *ebpf.Map `ebpf:"devices"`
-	FlowLocks    *ebpf.Map `ebpf:"flow_locks"`
-	Flows        *ebpf.Map `ebpf:"flows"`
-	Frontends    *ebpf.Map `ebpf:"frontends"`
-	Pending      *ebpf.Map `ebpf:"pending"`
-	Reasons      *ebpf.Map `ebpf:"reasons"`
-	Record       *ebpf.Map `ebpf:"record"`
-	ServiceNames *ebpf.Map `ebpf:"service_names"`
-	Services     *ebpf.Map `ebpf:"services"`
-	Slots        *ebpf.Map `ebpf:"slots"`
-	Vlans        *ebpf.Map `ebpf:"vlans"`
+	Affinity        *ebpf.Map `ebpf:"affinity"`
+	BackendStats    *ebpf.Map `ebpf:"backend_stats"`
+	Backends        *ebpf.Map `ebpf:"backends"`
+	Changes         *ebpf.Map `ebpf:"changes"`
+	Devices         *ebpf.Map `ebpf:"devices"`
+	FlowLocks       *ebpf.Map `ebpf:"flow_locks"`
+	Flows           *ebpf.Map `ebpf:"flows"`
+	Frontends       *ebpf.Map `ebpf:"frontends"`
+	IcmpLimits      *ebpf.Map `ebpf:"icmp_limits"`
+	Pending         *ebpf.Map `ebpf:"pending"`
+	Reasons         *ebpf.Map `ebpf:"reasons"`
+	Record          *ebpf.Map `ebpf:"record"`
+	ServiceNames    *ebpf.Map `ebpf:"service_names"`
+	ServicePrefixes *ebpf.Map `ebpf:"service_prefixes"`
+	ServiceStats    *ebpf.Map `ebpf:"service_stats"`
+	Services        *ebpf.Map `ebpf:"services"`
+	Slots           *ebpf.Map `ebpf:"slots"`
+	SourceRanges    *ebpf.Map `ebpf:"source_ranges"`
+	Vlans           *ebpf.Map `ebpf:"vlans"`
 }
 
 func (m *bpfMaps) Close() error {
 	return _BpfClose(
+		m.Affinity,
+		m.BackendStats,
 		m.Backends,
 		m.Changes,
 		m.Devices,
 		m.FlowLocks,
 		m.Flows,
 		m.Frontends,
+		m.IcmpLimits,
 		m.Pending,
 		m.Reasons,
 		m.Record,
 		m.ServiceNames,
+		m.ServicePrefixes,
+		m.ServiceStats,
 		m.Services,
 		m.Slots,
+		m.SourceRanges,
 		m.Vlans,
 	)
 }
@@ -397,10 +528,13 @@ func (m *bpfMaps) Close() error {
 //
 // It can be passed to loadBpfObjects or ebpf.CollectionSpec.LoadAndAssign.
 type bpfVariables struct {
-	FlowFlagsNames *ebpf.Variable `ebpf:"flow_flags_names"`
-	FlowStateNames *ebpf.Variable `ebpf:"flow_state_names"`
-	ReasonNames    *ebpf.Variable `ebpf:"reason_names"`
-	TableNames     *ebpf.Variable `ebpf:"table_names"`
+	AddressFlagsNames *ebpf.Variable `ebpf:"address_flags_names"`
+	BackendFlagsNames *ebpf.Variable `ebpf:"backend_flags_names"`
+	FlowFlagsNames    *ebpf.Variable `ebpf:"flow_flags_names"`
+	FlowStateNames    *ebpf.Variable `ebpf:"flow_state_names"`
+	ReasonNames       *ebpf.Variable `ebpf:"reason_names"`
+	ServiceFlagsNames *ebpf.Variable `ebpf:"service_flags_names"`
+	TableNames        *ebpf.Variable `ebpf:"table_names"`
 }
 
 // bpfPrograms contains all programs after they have been loaded into the kernel.

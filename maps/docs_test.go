@@ -35,6 +35,7 @@ func TestMapsDocument(t *testing.T) {
 		delete(documented, name)
 		kind := map[ebpf.MapType]string{
 			ebpf.Hash: "Hash", ebpf.Array: "Array", ebpf.LRUHash: "LRU hash", ebpf.PerCPUArray: "Per-CPU array",
+			ebpf.LPMTrie: "LPM trie",
 		}[m.Type]
 		if m.Flags&1 != 0 { // BPF_F_NO_PREALLOC
 			kind += ", not preallocated"
@@ -114,6 +115,9 @@ func typeName(typ btf.Type) string {
 	case *btf.Int:
 		return fmt.Sprintf("u%d", typ.Size*8)
 	case *btf.Array:
+		if element, ok := btf.UnderlyingType(typ.Type).(*btf.Struct); ok {
+			return fmt.Sprintf("%d %s", typ.Nelems, element.Name)
+		}
 		element := btf.UnderlyingType(typ.Type).(*btf.Int)
 		switch {
 		case element.Encoding == btf.Char || element.Encoding == btf.Signed:

@@ -13,6 +13,7 @@ import (
 	"fmt"
 	"io/fs"
 	"iter"
+	mathbits "math/bits"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -35,13 +36,18 @@ type (
 	Service      = bpfService
 	ServiceName  = bpfServiceName
 	SlotRange    = bpfSlotRange
+	Policy       = bpfServicePolicy
 	Backend      = bpfBackend
 	BackendLife  = bpfBackendLife
 	BackendState = bpfBackendState
+	AffinityKey  = bpfAffinityKey
+	Affinity     = bpfAffinity
 	Tuple        = bpfTuple
 	Flow         = bpfFlow
 	Device       = bpfDevice
 	VLANKey      = bpfVlanKey
+	ServiceStats = bpfServiceStats
+	BackendStats = bpfBackendStats
 )
 
 // Where a flow applies, and which half of it an entry is.
@@ -58,6 +64,25 @@ const (
 	BackendActive   = bpfBackendStateBACKEND_ACTIVE
 	BackendDraining = bpfBackendStateBACKEND_DRAINING
 	BackendRemoved  = bpfBackendStateBACKEND_REMOVED
+)
+
+// The flags of a frontend of kind lb.Address.
+const (
+	AddressClusterIP = uint8(bpfAddressFlagsADDRESS_CLUSTER_IP)
+	AddressEcho      = uint8(bpfAddressFlagsADDRESS_ECHO)
+)
+
+// The flags of a service's policy.
+const (
+	InternalLocal   = uint32(bpfServiceFlagsSERVICE_INTERNAL_LOCAL)
+	ExternalLocal   = uint32(bpfServiceFlagsSERVICE_EXTERNAL_LOCAL)
+	HasSourceRanges = uint32(bpfServiceFlagsSERVICE_SOURCE_RANGES)
+)
+
+// The scopes in which new flows may choose a backend.
+const (
+	BackendCluster = uint8(bpfBackendFlagsBACKEND_CLUSTER)
+	BackendLocal   = uint8(bpfBackendFlagsBACKEND_LOCAL)
 )
 
 // Table is one of the two tables of flows.
@@ -80,7 +105,7 @@ const (
 )
 
 // LayoutVersion is that of bpf/types.h; a test holds the two together.
-const LayoutVersion = 3
+const LayoutVersion = 4
 
 var (
 	// ErrInUse says that another agent owns the maps of a folder.
@@ -117,15 +142,15 @@ func (s Sizes) of(name string) uint32 {
 	switch name {
 	case "frontends":
 		return s.Frontends
-	case "services", "service_names":
+	case "services", "service_names", "service_stats":
 		return s.Services
 	case "slots":
 		return s.Slots
-	case "backends":
+	case "backends", "backend_stats":
 		return s.Backends
 	case "flows":
 		return s.Flows
-	case "pending":
+	case "pending", "affinity":
 		return s.Flows / 4
 	}
 	return 0
@@ -147,9 +172,12 @@ type Maps struct {
 	lock  *os.File // the pin folder, locked; nil where there is none
 	sizes Sizes
 
-	services []byte // mappings of the arrays of these names
-	slots    []byte
-	backends []byte
+	services        []byte // mappings of the arrays of these names
+	slots           []byte
+	backends        []byte
+	servicePrefixes []byte
+	serviceStats    []byte
+	backendStats    []byte
 
 	// Fault, when set, is asked before every write, with the map's name; its error is the write's. Tests
 	// inject failures by it.
@@ -309,7 +337,10 @@ func (m *Maps) start(prot int) error {
 		for _, a := range []struct {
 			m    *ebpf.Map
 			into *[]byte
-		}{{m.bpf.Services, &m.services}, {m.bpf.Slots, &m.slots}, {m.bpf.Backends, &m.backends}} {
+		}{
+			{m.bpf.Services, &m.services}, {m.bpf.Slots, &m.slots}, {m.bpf.Backends, &m.backends},
+			{m.bpf.ServicePrefixes, &m.servicePrefixes}, {m.bpf.ServiceStats, &m.serviceStats}, {m.bpf.BackendStats, &m.backendStats},
+		} {
 			var err error
 			if *a.into, err = mapArray(a.m, prot); err != nil {
 				return err
@@ -355,7 +386,7 @@ func stride(m *ebpf.Map) uint32 { return (m.ValueSize() + 7) &^ 7 }
 // Close lets go of the maps; those that are pinned stay.
 func (m *Maps) Close() error {
 	var errs []error
-	for _, b := range []*[]byte{&m.services, &m.slots, &m.backends} {
+	for _, b := range []*[]byte{&m.services, &m.slots, &m.backends, &m.servicePrefixes, &m.serviceStats, &m.backendStats} {
 		if *b != nil {
 			errs = append(errs, unix.Munmap(*b))
 			*b = nil
@@ -378,6 +409,8 @@ func (m *Maps) pointers() map[string]**ebpf.Map {
 	return map[string]**ebpf.Map{
 		"frontends": &m.bpf.Frontends, "services": &m.bpf.Services, "service_names": &m.bpf.ServiceNames,
 		"slots": &m.bpf.Slots, "backends": &m.bpf.Backends, "flows": &m.bpf.Flows,
+		"affinity": &m.bpf.Affinity, "source_ranges": &m.bpf.SourceRanges, "service_prefixes": &m.bpf.ServicePrefixes,
+		"service_stats": &m.bpf.ServiceStats, "backend_stats": &m.bpf.BackendStats, "icmp_limits": &m.bpf.IcmpLimits,
 		"pending": &m.bpf.Pending, "flow_locks": &m.bpf.FlowLocks, "changes": &m.bpf.Changes,
 		"devices": &m.bpf.Devices, "vlans": &m.bpf.Vlans, "reasons": &m.bpf.Reasons, "record": &m.bpf.Record,
 	}
@@ -494,22 +527,206 @@ func (m *Maps) EachServiceName(yield func(uint32, ServiceName) bool) error {
 	return each(m.bpf.ServiceNames, yield)
 }
 
-// Service returns the slot ranges of a service.
+// Service returns the slot ranges and the policy of a service.
 func (m *Maps) Service(id uint32) Service {
 	var s Service
-	r := atomic.LoadUint64(m.word(m.services, m.bpf.Services, id, unsafe.Offsetof(s.Cluster)))
-	s.Cluster = *(*SlotRange)(unsafe.Pointer(&r))
+	load := func(offset uintptr) uint64 { return atomic.LoadUint64(m.word(m.services, m.bpf.Services, id, offset)) }
+	cluster, local, policy := load(unsafe.Offsetof(s.Cluster)), load(unsafe.Offsetof(s.Local)), load(unsafe.Offsetof(s.Policy))
+	s.Cluster, s.Local = *(*SlotRange)(unsafe.Pointer(&cluster)), *(*SlotRange)(unsafe.Pointer(&local))
+	s.Policy = *(*Policy)(unsafe.Pointer(&policy))
 	return s
 }
 
-// SetServiceCluster switches a service to another range of slots: one store, so no packet sees half of it.
+// SetServiceCluster switches the scope Cluster of a service to another range of slots: one store, so no packet
+// sees half of it.
 func (m *Maps) SetServiceCluster(id uint32, r SlotRange) error {
+	return m.setService(id, unsafe.Offsetof(Service{}.Cluster), *(*uint64)(unsafe.Pointer(&r)))
+}
+
+// SetServiceLocal is SetServiceCluster for the scope Local.
+func (m *Maps) SetServiceLocal(id uint32, r SlotRange) error {
+	return m.setService(id, unsafe.Offsetof(Service{}.Local), *(*uint64)(unsafe.Pointer(&r)))
+}
+
+// SetServicePolicy switches a service to another policy, by one store.
+func (m *Maps) SetServicePolicy(id uint32, p Policy) error {
+	return m.setService(id, unsafe.Offsetof(Service{}.Policy), *(*uint64)(unsafe.Pointer(&p)))
+}
+
+func (m *Maps) setService(id uint32, offset uintptr, word uint64) error {
 	if err := m.fault("services"); err != nil {
 		return fmt.Errorf("write service %d: %w", id, err)
 	}
-	atomic.StoreUint64(m.word(m.services, m.bpf.Services, id, unsafe.Offsetof(Service{}.Cluster)),
-		*(*uint64)(unsafe.Pointer(&r)))
+	atomic.StoreUint64(m.word(m.services, m.bpf.Services, id, offset), word)
 	return nil
+}
+
+// ServiceStats returns the statistics of a service id.
+func (m *Maps) ServiceStats(id uint32) (s ServiceStats) {
+	m.copyStats(unsafe.Slice((*uint64)(unsafe.Pointer(&s)), unsafe.Sizeof(s)/8), m.serviceStats, m.bpf.ServiceStats, id)
+	return s
+}
+
+// BackendStats returns the statistics of a backend id.
+func (m *Maps) BackendStats(id uint32) (s BackendStats) {
+	m.copyStats(unsafe.Slice((*uint64)(unsafe.Pointer(&s)), unsafe.Sizeof(s)/8), m.backendStats, m.bpf.BackendStats, id)
+	return s
+}
+
+// copyStats loads words that programs add to.
+func (m *Maps) copyStats(to []uint64, b []byte, a *ebpf.Map, id uint32) {
+	for i := range to {
+		to[i] = atomic.LoadUint64(m.word(b, a, id, uintptr(i)*8))
+	}
+}
+
+// ClearServiceStats sets the statistics of a service id to 0, for its new owner.
+func (m *Maps) ClearServiceStats(id uint32) error {
+	return m.clearStats("service_stats", m.serviceStats, m.bpf.ServiceStats, id)
+}
+
+// ClearBackendStats is ClearServiceStats for a backend id.
+func (m *Maps) ClearBackendStats(id uint32) error {
+	return m.clearStats("backend_stats", m.backendStats, m.bpf.BackendStats, id)
+}
+
+func (m *Maps) clearStats(name string, b []byte, a *ebpf.Map, id uint32) error {
+	if err := m.fault(name); err != nil {
+		return fmt.Errorf("clear %s of %d: %w", name, id, err)
+	}
+	for i := range a.ValueSize() / 8 {
+		atomic.StoreUint64(m.word(b, a, id, uintptr(i)*8), 0)
+	}
+	return nil
+}
+
+// SetSourceRange lets clients of a prefix use the load balancer addresses of a service.
+func (m *Maps) SetSourceRange(service uint32, p netip.Prefix) error {
+	err := m.fault("source_ranges")
+	if err == nil {
+		err = m.bpf.SourceRanges.Put(sourceRangeOf(service, p), uint8(1))
+	}
+	if err != nil {
+		return fmt.Errorf("write source range %s of service %d: %w", p, service, err)
+	}
+	return nil
+}
+
+// DeleteSourceRange takes that back; that it was not said is no error.
+func (m *Maps) DeleteSourceRange(service uint32, p netip.Prefix) error {
+	err := m.fault("source_ranges")
+	if err == nil {
+		err = m.bpf.SourceRanges.Delete(sourceRangeOf(service, p))
+	}
+	if err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+		return fmt.Errorf("delete source range %s of service %d: %w", p, service, err)
+	}
+	return nil
+}
+
+// EachSourceRange calls yield for every source range, in no order, until it returns false.
+func (m *Maps) EachSourceRange(yield func(service uint32, p netip.Prefix) bool) error {
+	var k bpfSourceRange
+	var v uint8
+	all := m.bpf.SourceRanges.Iterate() // not in batches: an LPM trie has them since 6.6 or so
+	for all.Next(&k, &v) {
+		addr, bits := netip.AddrFrom16(k.Address), int(k.PrefixLength)-32
+		if addr.Is4In6() && bits >= 96 {
+			addr, bits = addr.Unmap(), bits-96
+		}
+		if !yield(k.Service, netip.PrefixFrom(addr, bits)) {
+			return nil
+		}
+	}
+	if err := all.Err(); err != nil {
+		return fmt.Errorf("read map source_ranges: %w", err)
+	}
+	return nil
+}
+
+func sourceRangeOf(service uint32, p netip.Prefix) bpfSourceRange {
+	p = p.Masked()
+	bits := p.Bits()
+	if p.Addr().Is4() {
+		bits += 96
+	}
+	return bpfSourceRange{PrefixLength: uint32(32 + bits), Service: service, Address: p.Addr().As16()}
+}
+
+// MaxServicePrefixes is how many prefixes SetServicePrefixes takes.
+const MaxServicePrefixes = len(bpfServicePrefixes{}.List)
+
+// SetServicePrefixes says where ClusterIPs are, and whether there are some elsewhere. A packet meets either the
+// old list or the new one, or for a moment fewer prefixes than either has; never an address of none.
+func (m *Maps) SetServicePrefixes(prefixes []netip.Prefix, elsewhere bool) error {
+	if len(prefixes) > MaxServicePrefixes {
+		return fmt.Errorf("write service prefixes: %d are more than %d", len(prefixes), MaxServicePrefixes)
+	}
+	if err := m.fault("service_prefixes"); err != nil {
+		return fmt.Errorf("write service prefixes: %w", err)
+	}
+	want := bpfServicePrefixes{Count: uint32(len(prefixes))}
+	if elsewhere {
+		want.Elsewhere = 1
+	}
+	for i, p := range prefixes {
+		want.List[i] = prefixOf(p)
+	}
+	word := func(offset uintptr) *uint64 {
+		return m.word(m.servicePrefixes, m.bpf.ServicePrefixes, 0, offset)
+	}
+	for i, p := range want.List {
+		at := unsafe.Offsetof(want.List) + uintptr(i)*unsafe.Sizeof(p)
+		now, next := (*[4]uint64)(unsafe.Pointer(word(at))), *(*[4]uint64)(unsafe.Pointer(&p))
+		if *now == next {
+			continue
+		}
+		// Mask first when it goes and last when it comes: under no mask, no packet has an address.
+		for _, step := range []struct {
+			word  int
+			value uint64
+		}{{2, 0}, {3, 0}, {0, next[0]}, {1, next[1]}, {3, next[3]}, {2, next[2]}} {
+			atomic.StoreUint64(&now[step.word], step.value)
+		}
+	}
+	tail := unsafe.Offsetof(want.Count)
+	atomic.StoreUint64(word(tail), *(*uint64)(unsafe.Pointer(&want.Count)))
+	return nil
+}
+
+// ServicePrefixes returns what SetServicePrefixes has said.
+func (m *Maps) ServicePrefixes() (prefixes []netip.Prefix, elsewhere bool) {
+	all := (*bpfServicePrefixes)(unsafe.Pointer(unsafe.SliceData(m.servicePrefixes)))
+	for _, p := range all.List[:min(int(all.Count), len(all.List))] {
+		bits := 0
+		for _, b := range p.Mask {
+			bits += mathbits.OnesCount8(b)
+		}
+		addr := netip.AddrFrom16(p.Address)
+		if addr.Is4In6() && bits >= 96 {
+			addr, bits = addr.Unmap(), bits-96
+		}
+		prefixes = append(prefixes, netip.PrefixFrom(addr, bits))
+	}
+	return prefixes, all.Elsewhere != 0
+}
+
+func prefixOf(p netip.Prefix) (to bpfPrefix) {
+	p = p.Masked()
+	bits := p.Bits()
+	if p.Addr().Is4() {
+		bits += 96
+	}
+	to.Address = p.Addr().As16()
+	for i := range bits {
+		to.Mask[i/8] |= 0x80 >> (i % 8)
+	}
+	return to
+}
+
+// EachAffinity calls yield for every client's remembered backend, in no order, until it returns false.
+func (m *Maps) EachAffinity(yield func(AffinityKey, Affinity) bool) error {
+	return each(m.bpf.Affinity, yield)
 }
 
 // Slots returns the backend ids in a range, which must lie in the map.
@@ -735,6 +952,9 @@ func FrontendOf(service uint32, k lb.Kind) Frontend {
 // Service and is an error.
 func NameOf(n lb.ServiceName) (ServiceName, error) {
 	s := ServiceName{Protocol: bpfProtocol(n.Protocol), Family: uint8(n.Family)}
+	if n.Pod {
+		s.Pod = 1
+	}
 	for _, part := range []struct {
 		to   *[64]int8
 		from string
@@ -753,7 +973,7 @@ func NameOf(n lb.ServiceName) (ServiceName, error) {
 func (n bpfServiceName) LB() lb.ServiceName {
 	return lb.ServiceName{
 		Namespace: text(n.Namespace[:]), Name: text(n.Name[:]), Port: text(n.Port[:]),
-		Protocol: lb.Protocol(n.Protocol), Family: lb.Family(n.Family),
+		Protocol: lb.Protocol(n.Protocol), Family: lb.Family(n.Family), Pod: n.Pod != 0,
 	}
 }
 

@@ -71,6 +71,8 @@ type referenceWalk struct {
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
+	referenceMapAffinity               = "affinity"
+	referenceMapBackendStats           = "backend_stats"
 	referenceMapBackends               = "backends"
 	referenceMapChanges                = "changes"
 	referenceMapCompact                = "compact"
@@ -79,14 +81,18 @@ const (
 	referenceMapFlowLocks              = "flow_locks"
 	referenceMapFlows                  = "flows"
 	referenceMapFrontends              = "frontends"
+	referenceMapIcmpLimits             = "icmp_limits"
 	referenceMapPadded                 = "padded"
 	referenceMapPending                = "pending"
 	referenceMapReasons                = "reasons"
 	referenceMapRecord                 = "record"
 	referenceMapServiceNames           = "service_names"
+	referenceMapServicePrefixes        = "service_prefixes"
+	referenceMapServiceStats           = "service_stats"
 	referenceMapServices               = "services"
 	referenceMapSlots                  = "slots"
 	referenceMapSmall                  = "small"
+	referenceMapSourceRanges           = "source_ranges"
 	referenceMapTargets                = "targets"
 	referenceMapVips                   = "vips"
 	referenceMapVlans                  = "vlans"
@@ -109,6 +115,7 @@ const (
 	referenceProgWithNote              = "with_note"
 	referenceProgWithReason            = "with_reason"
 	referenceVarCsumIpv6Flag           = "csum_ipv6_flag"
+	referenceVarHairpinAddresses       = "hairpin_addresses"
 	referenceVarHashKey                = "hash_key"
 	referenceVarLinkHeaderLength       = "link_header_length"
 	referenceVarSilentBackendTimeoutMs = "silent_backend_timeout_ms"
@@ -182,25 +189,31 @@ type referenceProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type referenceMapSpecs struct {
-	Backends     *ebpf.MapSpec `ebpf:"backends"`
-	Changes      *ebpf.MapSpec `ebpf:"changes"`
-	Compact      *ebpf.MapSpec `ebpf:"compact"`
-	Devices      *ebpf.MapSpec `ebpf:"devices"`
-	Entries      *ebpf.MapSpec `ebpf:"entries"`
-	FlowLocks    *ebpf.MapSpec `ebpf:"flow_locks"`
-	Flows        *ebpf.MapSpec `ebpf:"flows"`
-	Frontends    *ebpf.MapSpec `ebpf:"frontends"`
-	Padded       *ebpf.MapSpec `ebpf:"padded"`
-	Pending      *ebpf.MapSpec `ebpf:"pending"`
-	Reasons      *ebpf.MapSpec `ebpf:"reasons"`
-	Record       *ebpf.MapSpec `ebpf:"record"`
-	ServiceNames *ebpf.MapSpec `ebpf:"service_names"`
-	Services     *ebpf.MapSpec `ebpf:"services"`
-	Slots        *ebpf.MapSpec `ebpf:"slots"`
-	Small        *ebpf.MapSpec `ebpf:"small"`
-	Targets      *ebpf.MapSpec `ebpf:"targets"`
-	Vips         *ebpf.MapSpec `ebpf:"vips"`
-	Vlans        *ebpf.MapSpec `ebpf:"vlans"`
+	Affinity        *ebpf.MapSpec `ebpf:"affinity"`
+	BackendStats    *ebpf.MapSpec `ebpf:"backend_stats"`
+	Backends        *ebpf.MapSpec `ebpf:"backends"`
+	Changes         *ebpf.MapSpec `ebpf:"changes"`
+	Compact         *ebpf.MapSpec `ebpf:"compact"`
+	Devices         *ebpf.MapSpec `ebpf:"devices"`
+	Entries         *ebpf.MapSpec `ebpf:"entries"`
+	FlowLocks       *ebpf.MapSpec `ebpf:"flow_locks"`
+	Flows           *ebpf.MapSpec `ebpf:"flows"`
+	Frontends       *ebpf.MapSpec `ebpf:"frontends"`
+	IcmpLimits      *ebpf.MapSpec `ebpf:"icmp_limits"`
+	Padded          *ebpf.MapSpec `ebpf:"padded"`
+	Pending         *ebpf.MapSpec `ebpf:"pending"`
+	Reasons         *ebpf.MapSpec `ebpf:"reasons"`
+	Record          *ebpf.MapSpec `ebpf:"record"`
+	ServiceNames    *ebpf.MapSpec `ebpf:"service_names"`
+	ServicePrefixes *ebpf.MapSpec `ebpf:"service_prefixes"`
+	ServiceStats    *ebpf.MapSpec `ebpf:"service_stats"`
+	Services        *ebpf.MapSpec `ebpf:"services"`
+	Slots           *ebpf.MapSpec `ebpf:"slots"`
+	Small           *ebpf.MapSpec `ebpf:"small"`
+	SourceRanges    *ebpf.MapSpec `ebpf:"source_ranges"`
+	Targets         *ebpf.MapSpec `ebpf:"targets"`
+	Vips            *ebpf.MapSpec `ebpf:"vips"`
+	Vlans           *ebpf.MapSpec `ebpf:"vlans"`
 }
 
 // referenceVariableSpecs contains global variables before they are loaded into the kernel.
@@ -208,6 +221,7 @@ type referenceMapSpecs struct {
 // It can be passed ebpf.CollectionSpec.Assign.
 type referenceVariableSpecs struct {
 	CsumIpv6Flag           *ebpf.VariableSpec `ebpf:"csum_ipv6_flag"`
+	HairpinAddresses       *ebpf.VariableSpec `ebpf:"hairpin_addresses"`
 	HashKey                *ebpf.VariableSpec `ebpf:"hash_key"`
 	LinkHeaderLength       *ebpf.VariableSpec `ebpf:"link_header_length"`
 	SilentBackendTimeoutMs *ebpf.VariableSpec `ebpf:"silent_backend_timeout_ms"`
@@ -235,29 +249,37 @@ func (o *referenceObjects) Close() error {
 //
 // It can be passed to loadReferenceObjects or ebpf.CollectionSpec.LoadAndAssign.
 type referenceMaps struct {
-	Backends     *ebpf.Map `ebpf:"backends"`
-	Changes      *ebpf.Map `ebpf:"changes"`
-	Compact      *ebpf.Map `ebpf:"compact"`
-	Devices      *ebpf.Map `ebpf:"devices"`
-	Entries      *ebpf.Map `ebpf:"entries"`
-	FlowLocks    *ebpf.Map `ebpf:"flow_locks"`
-	Flows        *ebpf.Map `ebpf:"flows"`
-	Frontends    *ebpf.Map `ebpf:"frontends"`
-	Padded       *ebpf.Map `ebpf:"padded"`
-	Pending      *ebpf.Map `ebpf:"pending"`
-	Reasons      *ebpf.Map `ebpf:"reasons"`
-	Record       *ebpf.Map `ebpf:"record"`
-	ServiceNames *ebpf.Map `ebpf:"service_names"`
-	Services     *ebpf.Map `ebpf:"services"`
-	Slots        *ebpf.Map `ebpf:"slots"`
-	Small        *ebpf.Map `ebpf:"small"`
-	Targets      *ebpf.Map `ebpf:"targets"`
-	Vips         *ebpf.Map `ebpf:"vips"`
-	Vlans        *ebpf.Map `ebpf:"vlans"`
+	Affinity        *ebpf.Map `ebpf:"affinity"`
+	BackendStats    *ebpf.Map `ebpf:"backend_stats"`
+	Backends        *ebpf.Map `ebpf:"backends"`
+	Changes         *ebpf.Map `ebpf:"changes"`
+	Compact         *ebpf.Map `ebpf:"compact"`
+	Devices         *ebpf.Map `ebpf:"devices"`
+	Entries         *ebpf.Map `ebpf:"entries"`
+	FlowLocks       *ebpf.Map `ebpf:"flow_locks"`
+	Flows           *ebpf.Map `ebpf:"flows"`
+	Frontends       *ebpf.Map `ebpf:"frontends"`
+	IcmpLimits      *ebpf.Map `ebpf:"icmp_limits"`
+	Padded          *ebpf.Map `ebpf:"padded"`
+	Pending         *ebpf.Map `ebpf:"pending"`
+	Reasons         *ebpf.Map `ebpf:"reasons"`
+	Record          *ebpf.Map `ebpf:"record"`
+	ServiceNames    *ebpf.Map `ebpf:"service_names"`
+	ServicePrefixes *ebpf.Map `ebpf:"service_prefixes"`
+	ServiceStats    *ebpf.Map `ebpf:"service_stats"`
+	Services        *ebpf.Map `ebpf:"services"`
+	Slots           *ebpf.Map `ebpf:"slots"`
+	Small           *ebpf.Map `ebpf:"small"`
+	SourceRanges    *ebpf.Map `ebpf:"source_ranges"`
+	Targets         *ebpf.Map `ebpf:"targets"`
+	Vips            *ebpf.Map `ebpf:"vips"`
+	Vlans           *ebpf.Map `ebpf:"vlans"`
 }
 
 func (m *referenceMaps) Close() error {
 	return _ReferenceClose(
+		m.Affinity,
+		m.BackendStats,
 		m.Backends,
 		m.Changes,
 		m.Compact,
@@ -266,14 +288,18 @@ func (m *referenceMaps) Close() error {
 		m.FlowLocks,
 		m.Flows,
 		m.Frontends,
+		m.IcmpLimits,
 		m.Padded,
 		m.Pending,
 		m.Reasons,
 		m.Record,
 		m.ServiceNames,
+		m.ServicePrefixes,
+		m.ServiceStats,
 		m.Services,
 		m.Slots,
 		m.Small,
+		m.SourceRanges,
 		m.Targets,
 		m.Vips,
 		m.Vlans,
@@ -285,6 +311,7 @@ func (m *referenceMaps) Close() error {
 // It can be passed to loadReferenceObjects or ebpf.CollectionSpec.LoadAndAssign.
 type referenceVariables struct {
 	CsumIpv6Flag           *ebpf.Variable `ebpf:"csum_ipv6_flag"`
+	HairpinAddresses       *ebpf.Variable `ebpf:"hairpin_addresses"`
 	HashKey                *ebpf.Variable `ebpf:"hash_key"`
 	LinkHeaderLength       *ebpf.Variable `ebpf:"link_header_length"`
 	SilentBackendTimeoutMs *ebpf.Variable `ebpf:"silent_backend_timeout_ms"`
