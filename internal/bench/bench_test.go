@@ -18,7 +18,7 @@ func TestRun(t *testing.T) {
 	if err := run(&out, sizes{rounds: 2, packets: 512, flows: []uint32{1, 1 << 12}, main: 1 << 12}); err != nil {
 		t.Fatalf("%+v", err)
 	}
-	for _, want := range []string{"client, 4k flows, v6", "reply, 1 flows, v4", "ingress, v6 / flows + frontends", "the program itself", "ids, 40 bytes, 4k flows"} {
+	for _, want := range []string{"client, 4k flows, v6", "reply, 1 flows, v4", "ingress, v6 / flows + frontends", "the program itself", "ids, 40 bytes, 4k flows", "source ranges, 4, v6"} {
 		if !strings.Contains(out.String(), want) {
 			t.Errorf("no row %q", want)
 		}

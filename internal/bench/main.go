@@ -14,6 +14,8 @@ import (
 	"strings"
 
 	"github.com/lbagent/lbagent/internal/testenv"
+	"github.com/lbagent/lbagent/lb"
+	"github.com/lbagent/lbagent/maps"
 )
 
 // sizes of the measurement.
@@ -111,7 +113,7 @@ func (b *bench) prepare() error {
 		if n == b.main {
 			families = append(families, v6)
 		}
-		r, err := newRig(n, n > 1, families...)
+		r, err := newRig(plain, n, n > 1, families...)
 		if err != nil {
 			return err
 		}
@@ -200,6 +202,10 @@ func (b *bench) prepare() error {
 	}
 	b.section("new flow", open...)
 
+	if err := b.variants(main, forward, opened); err != nil {
+		return err
+	}
+
 	steps := []struct{ program, name string }{
 		{"parse", "parse"}, {"lookup", "lookup"}, {"rewrite", "rewrite"}, {"with_copy", "copy of what it becomes"},
 		{"with_alive", "clock and age"}, {"with_backend", "the backend's generation"}, {"with_note", "counts, acknowledgement"},
@@ -226,6 +232,38 @@ func (b *bench) prepare() error {
 	for _, t := range slices.Clone(b.tests) {
 		b.nothing(t)
 	}
+	return nil
+}
+
+// variants sets what a service can be beside a plain ClusterIP, of which the main rig is full.
+func (b *bench) variants(main *rig, forward func(test) test, opened func(f family, program string, reasons ...string) *test) error {
+	const target = 1.5
+	var established, open []row
+	for _, v := range []struct {
+		name, program string
+		variant
+	}{
+		{"NodePort", "node_in", variant{kind: lb.NodePort, slots: 1}},
+		{"session affinity, each client new", "pod_in", variant{kind: lb.ClusterIP, slots: 1, policy: maps.Policy{AffinityTimeoutS: 10800}}},
+		{"Maglev, 251 slots", "pod_in", variant{kind: lb.ClusterIP, slots: 251}},
+		{"source ranges, 4", "node_in", variant{kind: lb.LoadBalancer, slots: 1, ranges: true, policy: maps.Policy{Flags: maps.HasSourceRanges}}},
+	} {
+		r, err := newRig(v.variant, b.main, false, v4, v6)
+		if err != nil {
+			return err
+		}
+		b.rigs = append(b.rigs, r)
+		for _, f := range []family{v4, v6} {
+			name := fmt.Sprintf("%s, %s", v.name, f)
+			t := test{rig: r, program: v.program, family: f, flows: b.main, reasons: []string{"forward"}}
+			beside := b.add(forward(test{rig: main, program: "pod_in", family: f, flows: b.main, reasons: []string{"forward"}}))
+			established = append(established, row{name, b.add(forward(t)), beside, target})
+			t = test{rig: r, program: v.program, family: f, way: fromClient, flags: testenv.SYN, reasons: []string{"new_flow"}}
+			open = append(open, row{name, b.add(t), opened(f, "pod_in", "new_flow"), target})
+		}
+	}
+	b.section(fmt.Sprintf("established flow, %s flows / plain ClusterIP", count(b.main)), established...)
+	b.section("new flow / plain ClusterIP", open...)
 	return nil
 }
 

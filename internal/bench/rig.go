@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
 	"time"
 
 	"github.com/cilium/ebpf"
@@ -101,8 +102,19 @@ func (f family) frame(w way, flows, seed uint32, flags uint8) ([]byte, error) {
 	return b, nil
 }
 
+// variant is how the services of a rig are other than plain ClusterIPs with one slot.
+type variant struct {
+	kind   lb.Kind
+	policy maps.Policy
+	slots  uint32 // of each service that has flows
+	ranges bool   // every client is in one of the services' source ranges
+}
+
+var plain = variant{kind: lb.ClusterIP, slots: 1}
+
 // rig is a set of maps with a number of established flows in it, and the programs that share them.
 type rig struct {
+	variant
 	flows     uint32
 	families  []family
 	maps      *maps.Maps
@@ -114,12 +126,12 @@ type rig struct {
 
 // newRig makes tables twice as large as what they hold. With layouts, the flows are in the tables of the
 // other layouts as well.
-func newRig(flows uint32, layouts bool, families ...family) (*rig, error) {
-	r := &rig{flows: flows, families: families, walks: map[string]*ebpf.Collection{}}
+func newRig(v variant, flows uint32, layouts bool, families ...family) (*rig, error) {
+	r := &rig{variant: v, flows: flows, families: families, walks: map[string]*ebpf.Collection{}}
 	err := func() (err error) {
 		entries := max(4*flows*uint32(len(families)), 1<<14)
 		r.maps, err = maps.New(maps.Sizes{
-			Frontends: 4 * frontends, Services: 2*frontends + 1, Slots: 2*frontends + 1, Backends: 2*frontends + 1, Flows: entries,
+			Frontends: 4 * frontends, Services: 2*frontends + 1, Slots: (2*frontends + 1) * v.slots, Backends: 2*frontends + 1, Flows: entries,
 		})
 		if err != nil {
 			return err
@@ -235,14 +247,26 @@ func (r *rig) fillServices() error {
 			if err := errors.Join(
 				r.maps.SetBackend(id, maps.Backend{
 					Address: f.addr(backends + s).As16(), Service: id,
-					Life: maps.BackendLife{Generation: 1, State: maps.BackendActive, Port: podPort},
+					Life: maps.BackendLife{Generation: 1, State: maps.BackendActive, Flags: maps.BackendCluster, Port: podPort},
 				}),
-				r.maps.SetSlots(id, []uint32{id}),
-				r.maps.SetServiceCluster(id, maps.SlotRange{First: id, Count: 1}),
+				r.maps.SetSlots(id*r.slots, slices.Repeat([]uint32{id}, int(r.slots))),
+				r.maps.SetServiceCluster(id, maps.SlotRange{First: id * r.slots, Count: r.slots}),
+				r.maps.SetServicePolicy(id, r.policy),
 				r.maps.SetFrontend(maps.KeyOf(lb.VIP{Addr: f.addr(vips + s), Port: vipPort, Protocol: lb.TCP}),
-					maps.FrontendOf(id, lb.ClusterIP)),
+					maps.FrontendOf(id, r.kind)),
 			); err != nil {
 				return err
+			}
+			if r.ranges && s < services {
+				// The one that has all clients, and others around it.
+				for _, bits := range []int{8, 9, 10, 11} {
+					if f == v6 {
+						bits += 96
+					}
+					if err := r.maps.SetSourceRange(id, netip.PrefixFrom(f.addr(clients), bits)); err != nil {
+						return err
+					}
+				}
 			}
 		}
 	}
