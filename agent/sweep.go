@@ -14,7 +14,7 @@ import (
 
 const (
 	// sweepInterval is from the begin of a walk of the flow tables to the next, and about what a walk takes. An
-	// entry costs half a microsecond to read and, if it is a candidate, as much to judge.
+	// entry costs half a microsecond to read and, if it is a candidate, as much to count and to judge.
 	sweepInterval = 30 * time.Second
 	// sweepChunk is how many entries are looked at in a row: a millisecond's work.
 	sweepChunk = 1024
@@ -71,8 +71,8 @@ func (a *agent) sweep(ctx context.Context) error {
 	}
 }
 
-// walk looks at every entry of `pending` and then of `flows` (copies go that way), has removed what may go, and
-// pauses between chunks. What was alive when it began counts as alive: another walk comes.
+// walk looks at every entry of `pending` and then of `flows` (copies go that way), has counted what they have carried
+// since the last walk, has removed what may go, and pauses between chunks. What was alive when it began counts as alive: another walk comes.
 func (a *agent) walk(ctx context.Context, pause time.Duration) (walk, error) {
 	w := walk{named: map[uint32]struct{}{}}
 	now, err := maps.Now()
@@ -87,7 +87,7 @@ func (a *agent) walk(ctx context.Context, pause time.Duration) (walk, error) {
 		var candidates []maps.Tuple
 		var failed error
 		seen := 0
-		remove := func() {
+		sweep := func() {
 			removed, err := a.programs.Sweep(table.in, candidates)
 			*table.entries -= removed
 			candidates, failed = candidates[:0], err
@@ -99,13 +99,14 @@ func (a *agent) walk(ctx context.Context, pause time.Duration) (walk, error) {
 			if age <= timeout && f.Backend != 0 {
 				w.named[f.Backend] = struct{}{}
 			}
-			if age > min(timeout, sweepIdle) {
+			uncounted := f.Backend != 0 && f.Packets != f.CountedPackets
+			if uncounted || age > min(timeout, sweepIdle) {
 				candidates = append(candidates, t)
 			}
 			if seen++; seen%sweepChunk != 0 {
 				return true
 			}
-			if remove(); failed != nil {
+			if sweep(); failed != nil {
 				return false
 			}
 			select {
@@ -116,7 +117,7 @@ func (a *agent) walk(ctx context.Context, pause time.Duration) (walk, error) {
 			}
 		})
 		if failed == nil {
-			remove()
+			sweep()
 		}
 		if err := errors.Join(err, failed, ctx.Err()); err != nil {
 			return w, err

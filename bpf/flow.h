@@ -136,6 +136,79 @@ static __always_inline struct change *change_begin(void)
 	return bpf_map_lookup_elem(&changes, &zero);
 }
 
+/* ---- statistics ---- */
+
+/* flow_fold adds what a half has carried since it was last counted to the statistics of its backend, and of the
+ * service that has that. It takes no lock: of two CPUs that count one half, one gets to set counted_packets; and
+ * bytes are exchanged, so that whoever comes first, their sum is right. */
+__noinline int flow_fold(struct flow *flow)
+{
+	__u64 counted, packets, bytes;
+	struct service_stats *service;
+	struct backend_stats *stats;
+	struct backend *backend;
+	bool reply;
+	__u32 id;
+
+	if (!flow || !flow->backend)
+		return 0;
+	id = flow->backend;
+	reply = flow->role == ROLE_REPLY;
+	counted = flow->counted_packets;
+	packets = flow->packets;
+	if (packets <= counted ||
+	    __sync_val_compare_and_swap(&flow->counted_packets, counted, packets) != counted)
+		return 0;
+	packets -= counted;
+	bytes = flow->bytes;
+	bytes -= __sync_lock_test_and_set(&flow->counted_bytes, bytes);
+
+	stats = bpf_map_lookup_elem(&backend_stats, &id);
+	backend = backend_lookup(id);
+	if (!stats || !backend)
+		return 0;
+	__sync_fetch_and_add(reply ? &stats->packets_out : &stats->packets_in, packets);
+	__sync_fetch_and_add(reply ? &stats->bytes_out : &stats->bytes_in, bytes);
+	id = backend->service;
+	service = bpf_map_lookup_elem(&service_stats, &id);
+	if (!service)
+		return 0;
+	__sync_fetch_and_add(reply ? &service->packets_out : &service->packets_in, packets);
+	__sync_fetch_and_add(reply ? &service->bytes_out : &service->bytes_in, bytes);
+	return 0;
+}
+
+/* change_count counts a flow that has begun, or a packet that was to begin one and may not. */
+static __always_inline void change_count(const struct change *change, enum reason reason)
+{
+	struct service_stats *service;
+	struct backend_stats *backend;
+
+	service = bpf_map_lookup_elem(&service_stats, &change->frontend.service);
+	if (!service)
+		return;
+	switch (reason) {
+	case REASON_NEW_FLOW:
+		backend = bpf_map_lookup_elem(&backend_stats, &change->backend);
+		if (!backend || !change->backend) /* straight to a backend */
+			break;
+		__sync_fetch_and_add(&service->flows, 1);
+		__sync_fetch_and_add(&backend->flows, 1);
+		break;
+	case REASON_NO_BACKEND:
+		__sync_fetch_and_add(&service->no_backend, 1);
+		break;
+	case REASON_NO_LOCAL_BACKEND:
+		__sync_fetch_and_add(&service->no_local_backend, 1);
+		break;
+	case REASON_SOURCE_DENIED:
+		__sync_fetch_and_add(&service->source_denied, 1);
+		break;
+	default:
+		break;
+	}
+}
+
 /* ---- what follows holds change->lock ---- */
 
 enum claim {
@@ -144,6 +217,15 @@ enum claim {
 	CLAIM_TAKEN, /* it is another living flow's */
 	CLAIM_FAILED,
 };
+
+/* half_own gives a half to a backend: another id at the same address, where it was removed and is back. */
+static __always_inline void half_own(struct flow *flow, __u32 backend)
+{
+	if (flow->backend == backend)
+		return;
+	flow_fold(flow);
+	flow->backend = backend;
+}
 
 /* flow_claim enters change->value under `key` in `pending`, unless a living flow has it. One that has expired
  * is removed under its own flow's lock. */
@@ -164,10 +246,10 @@ static __always_inline enum claim flow_claim(struct change *change, const struct
 	if (flow_alive(other, key->protocol, PENDING, change->now_ns)) {
 		if (!tuple_equal(&other->to, &change->value.to))
 			return CLAIM_TAKEN;
+		half_own(other, change->value.backend);
 		other->last_seen_ns = change->now_ns;
 		other->state = 0;
 		other->flags = 0;
-		other->backend = change->value.backend;
 		other->generation = change->value.generation;
 		return CLAIM_JOINED;
 	}
@@ -187,6 +269,7 @@ static __always_inline enum claim flow_claim(struct change *change, const struct
 			return CLAIM_TAKEN;
 		}
 	}
+	flow_fold(other);
 	bpf_map_delete_elem(&pending, key);
 	err = bpf_map_update_elem(&pending, key, &change->value, BPF_NOEXIST);
 	if (lock != change->lock)
@@ -207,8 +290,7 @@ static __always_inline void half_reopen(struct flow *flow, const struct tuple *t
 		return;
 	flow->state = 0;
 	flow->flags = 0;
-	flow->backend =
-		change->backend; /* another id at the same address, where it was removed and is back */
+	half_own(flow, change->backend);
 	flow->generation = change->generation;
 	flow->last_seen_ns = change->now_ns;
 }
@@ -238,8 +320,10 @@ static __always_inline void ended_remove(const struct change *change)
 {
 	struct flow *flow = bpf_map_lookup_elem(&flows, &change->u_back);
 
-	if (half_is(flow, &change->t_back) && flow_closing(flow))
+	if (half_is(flow, &change->t_back) && flow_closing(flow)) {
+		flow_fold(flow);
 		bpf_map_delete_elem(&flows, &change->u_back);
+	}
 }
 
 /* tuple_is_key tells whether some living flow has this tuple for a key. */
@@ -255,8 +339,10 @@ static __always_inline void expired_remove(const struct tuple *key, const struct
 	struct flow *flow = bpf_map_lookup_elem(&flows, key);
 
 	if (flow && !flow_alive(flow, key->protocol, FLOWS, change->now_ns) &&
-	    (flow->role == ROLE_FORWARD || half_is(flow, to)))
+	    (flow->role == ROLE_FORWARD || half_is(flow, to))) {
+		flow_fold(flow);
 		bpf_map_delete_elem(&flows, key);
+	}
 }
 
 /* flow_try enters the pair change->t -> change->u, whose source port is a candidate. The reply half is claimed
@@ -303,6 +389,8 @@ __noinline enum claim flow_try(void)
 	change->value.packets = 1;
 	change->value.bytes = change->bytes;
 	if (change->flags & CHANGE_REPLACE) {
+		flow_fold(bpf_map_lookup_elem(&pending, &change->t));
+		flow_fold(bpf_map_lookup_elem(&flows, &change->t));
 		if (bpf_map_update_elem(&pending, &change->t, &change->value, BPF_ANY))
 			goto full;
 		bpf_map_delete_elem(&flows, &change->t);
@@ -323,23 +411,14 @@ full:
 	return CLAIM_FAILED;
 }
 
-static __always_inline bool destination_equal(const struct tuple *a, const struct tuple *b)
-{
-	const __u64 *x = (const __u64 *)a->destination, *y = (const __u64 *)b->destination;
-
-	return x[0] == y[0] && x[1] == y[1] && a->destination_port == b->destination_port;
-}
-
-/* flow_keeps tells whether a flow whose backend has another generation by now may stay where it is. */
+/* flow_keeps tells whether a flow whose backend has another generation by now may stay where it is. That no new flow
+ * would choose it, by another policy or from another scope, is no reason to move. */
 static __always_inline bool flow_keeps(const struct backend *backend, struct backend_life life,
 				       __u32 service, const struct tuple *to)
 {
-	const __u64 *have = (const __u64 *)backend->address;
-	const __u64 *want = (const __u64 *)to->destination;
-
 	return (life.state == BACKEND_ACTIVE || life.state == BACKEND_DRAINING) &&
 	       backend->service == service && life.port == to->destination_port &&
-	       have[0] == want[0] && have[1] == want[1];
+	       address_equal(backend->address, to->destination);
 }
 
 /* reply_is_there tells whether a living flow still has its reply half. Where the LRU has taken that, its key may be
@@ -353,10 +432,55 @@ static __always_inline bool reply_is_there(const struct change *change)
 	return half_is(flow, &change->t_back);
 }
 
+/* flow_choose chooses change->backend for a new flow to change->frontend; `hash` is its tuple's. Not 0: why it gets
+ * none. A function of its own for the room that it takes on the stack. */
+__noinline enum reason flow_choose(__u32 hash)
+{
+	struct change *change = change_begin();
+	struct service_policy policy;
+	const struct service *service;
+	struct affinity_key key = {};
+	enum frontend_kind kind;
+	struct slot_range range;
+	__u32 id = 0;
+	__u8 scope;
+
+	if (!change)
+		return REASON_NO_BACKEND;
+	kind = change->frontend.kind;
+	key.service = change->frontend.service;
+	__builtin_memcpy(key.client, change->t.source, ADDRESS_LENGTH);
+	service = bpf_map_lookup_elem(&services, &change->frontend.service);
+	if (!service)
+		return REASON_NO_BACKEND;
+	policy = policy_load(service);
+	if (kind == KIND_LOAD_BALANCER && policy.flags & SERVICE_SOURCE_RANGES &&
+	    !client_is_allowed(key.service, key.client))
+		return REASON_SOURCE_DENIED;
+	scope = policy_scope(policy, kind, change->flags & CHANGE_OUTSIDE);
+	if (policy.affinity_timeout_s) {
+		hash = client_hash(key.service, key.client);
+		id = affinity_find(&key, policy.affinity_timeout_s, scope, change->now_ns);
+	}
+	if (!id) {
+		range = range_load(scope == BACKEND_LOCAL ? &service->local : &service->cluster);
+		id = range_select(range, hash);
+		if (!id && scope == BACKEND_LOCAL && range_load(&service->cluster).count)
+			return REASON_NO_LOCAL_BACKEND;
+		if (!id)
+			return REASON_NO_BACKEND;
+		if (policy.affinity_timeout_s)
+			affinity_write(&key, id, change->now_ns);
+	}
+	change->backend = id;
+	return REASON_NONE;
+}
+
 static __always_inline enum reason flow_open_locked(struct change *change)
 {
 	struct backend_life life;
 	struct backend *backend;
+	enum reason reason;
 	struct flow *flow;
 	struct tuple to;
 	__u32 hash, id;
@@ -378,7 +502,7 @@ static __always_inline enum reason flow_open_locked(struct change *change)
 		/* Another CPU may have done the work while this one waited for the lock. */
 		if (!(change->flags & CHANGE_SYN && flow_closing(flow)) &&
 		    (!id || life.generation == flow->generation ||
-		     flow_keeps(backend, life, change->service, &change->u)))
+		     flow_keeps(backend, life, change->frontend.service, &change->u)))
 			return flow->hook == AT_BOTH ? REASON_DIRECT : REASON_FORWARD;
 		tuple_invert(&change->old_back, &change->u);
 	} else if (change->flags & CHANGE_RST) {
@@ -389,19 +513,22 @@ static __always_inline enum reason flow_open_locked(struct change *change)
 	change->backend = 0;
 	change->generation = 0;
 	if (!(change->flags & CHANGE_IDENTITY)) {
-		id = backend_select(change->service, hash);
-		backend = id ? backend_lookup(id) : NULL;
+		reason = flow_choose(hash);
+		if (reason)
+			return reason;
+		backend = backend_lookup(change->backend);
 		if (!backend)
 			return REASON_NO_BACKEND;
+		/* Its generation is raised a grace period after it can be chosen no more. */
 		life = backend_life_load(backend);
-		change->backend = id;
 		change->generation = life.generation;
 		__builtin_memcpy(to.destination, backend->address, ADDRESS_LENGTH);
 		to.destination_port = life.port;
 	}
 	if (flow) {
 		tuple_invert(&change->t_back, &change->t);
-		if (destination_equal(&to, &change->u) && reply_is_there(change)) {
+		if (address_equal(to.destination, change->u.destination) &&
+		    to.destination_port == change->u.destination_port && reply_is_there(change)) {
 			/* The same again, by whatever port the backend knows the client. */
 			change->u_back = change->old_back;
 			flow_reopen(change);
@@ -454,7 +581,18 @@ __noinline enum reason flow_open(void)
 		return REASON_LOCK_BUSY;
 	reason = flow_open_locked(change);
 	lock_release(change->lock);
+	change_count(change, reason);
 	return reason;
+}
+
+/* half_copy makes change->value the copy of a pending half for `flows`. What that one has carried is its own to be
+ * counted, at whatever moment: the copy begins with nothing to count. */
+static __always_inline void half_copy(struct change *change, const struct flow *flow)
+{
+	change->value = *flow;
+	change->value.last_seen_ns = change->now_ns;
+	change->value.counted_packets = change->value.packets;
+	change->value.counted_bytes = change->value.bytes;
 }
 
 /* flow_assure copies a pair from `pending` to `flows`, the reply half first. The pending ones are left to
@@ -476,11 +614,11 @@ __noinline int flow_assure(void)
 	if (half_is(forward, &change->u) && half_is(reply, &change->t_back) &&
 	    !flow_closing(forward) && reply->flags & FLOW_ANSWERED &&
 	    (!other || half_is(other, &change->t_back))) {
-		change->value = *reply;
-		change->value.last_seen_ns = change->now_ns;
+		if (other)
+			flow_fold(other);
+		half_copy(change, reply);
 		if (!bpf_map_update_elem(&flows, &change->u_back, &change->value, BPF_ANY)) {
-			change->value = *forward;
-			change->value.last_seen_ns = change->now_ns;
+			half_copy(change, forward);
 			if (bpf_map_update_elem(&flows, &change->t, &change->value, BPF_ANY))
 				bpf_map_delete_elem(&flows, &change->u_back);
 		}
@@ -644,6 +782,8 @@ static __always_inline void flow_note(const struct pkt *pkt, struct flow *flow,
 			change->value = *flow;
 			change->value.packets = 0;
 			change->value.bytes = 0;
+			change->value.counted_packets = 0;
+			change->value.counted_bytes = 0;
 			change->value.flags = 0;
 			change->value.to = reply ? change->u : change->t_back;
 			change->value.role = reply ? ROLE_FORWARD : ROLE_REPLY;

@@ -15,19 +15,17 @@
 		v2 += v1, v1 = ROTATE(v1, 17), v1 ^= v2, v2 = ROTATE(v2, 32);                      \
 	} while (0)
 
-/* tuple_hash is SipHash-1-3 (Aumasson and Bernstein, 2012) of the tuple under `hash_key`: two CPUs, a
- * retransmitted SYN and a packet whose flow was lost choose alike, and a client cannot choose for all
- * others. The tuple is five whole words, so no padding is hashed but the length, as the algorithm says. */
-static __always_inline __u32 tuple_hash(const struct tuple *t)
+/* words_hash is SipHash-1-3 (Aumasson and Bernstein, 2012) of `count` words under `hash_key`. The words are
+ * whole, so no padding is hashed but the length, as the algorithm says. */
+static __always_inline __u32 words_hash(const __u64 *words, unsigned int count)
 {
-	const __u64 *words = (const __u64 *)t;
 	__u64 k0 = hash_key[0], k1 = hash_key[1];
 	__u64 v0 = k0 ^ 0x736f6d6570736575ULL, v1 = k1 ^ 0x646f72616e646f6dULL;
 	__u64 v2 = k0 ^ 0x6c7967656e657261ULL, v3 = k1 ^ 0x7465646279746573ULL;
-	__u64 length = (__u64)sizeof(*t) << 56;
+	__u64 length = (__u64)count * sizeof(*words) << 56;
 
 #pragma unroll
-	for (unsigned int i = 0; i < sizeof(*t) / sizeof(*words); i++) {
+	for (unsigned int i = 0; i < count; i++) {
 		v3 ^= words[i];
 		SIP_ROUND;
 		v0 ^= words[i];
@@ -40,6 +38,23 @@ static __always_inline __u32 tuple_hash(const struct tuple *t)
 	SIP_ROUND;
 	SIP_ROUND;
 	return (__u32)(v0 ^ v1 ^ v2 ^ v3);
+}
+
+/* tuple_hash is what a flow chooses by: two CPUs, a retransmitted SYN and a packet whose flow was lost choose
+ * alike, and a client cannot choose for all others. */
+static __always_inline __u32 tuple_hash(const struct tuple *t)
+{
+	return words_hash((const __u64 *)t, sizeof(*t) / sizeof(__u64));
+}
+
+/* client_hash is what it chooses by where a service has session affinity: a client's flows choose alike, by
+ * whichever frontend they come, on whichever CPU, and although the record of the first is gone. */
+static __always_inline __u32 client_hash(__u32 service, const __u8 *client)
+{
+	__u64 words[3] = { service };
+
+	__builtin_memcpy(&words[1], client, ADDRESS_LENGTH);
+	return words_hash(words, 3);
 }
 
 #endif

@@ -75,6 +75,13 @@ static __always_inline void address_set_ipv4(__u8 *address, __be32 ipv4)
 	words[3] = ipv4;
 }
 
+static __always_inline bool address_equal(const __u8 *a, const __u8 *b)
+{
+	const __u64 *x = (const __u64 *)a, *y = (const __u64 *)b;
+
+	return x[0] == y[0] && x[1] == y[1];
+}
+
 static __always_inline bool address_is_mapped(const struct in6_addr *a)
 {
 	return !a->s6_addr32[0] && !a->s6_addr32[1] && a->s6_addr32[2] == bpf_htonl(0xffff);

@@ -1,10 +1,11 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
-/* From a VIP to a backend. */
+/* From a VIP to a backend: which frontend, whether the client may, which scope, which endpoint. */
 #ifndef LBAGENT_SERVICE_H
 #define LBAGENT_SERVICE_H
 
 #include "hash.h"
 #include "maps.h"
+#include "pkt.h"
 
 /* u64_load reads what user space replaces by one store, as one load. */
 static __always_inline __u64 u64_load(const void *p)
@@ -54,10 +55,46 @@ static __always_inline struct frontend frontend_lookup(const __u8 *address, __u1
 	return loaded.frontend;
 }
 
-/* address_is_vip tells whether some service has this address, for packets whose port is not known. */
-static __always_inline bool address_is_vip(const __u8 *address)
+/* prefixes_have tells whether an address is one of those where ClusterIPs are. */
+static __always_inline bool prefixes_have(const struct service_prefixes *prefixes,
+					  const __u8 *address)
 {
-	return frontend_lookup(address, 0, PROTOCOL_ANY).kind == KIND_ADDRESS;
+	const __u64 *a = (const __u64 *)address;
+
+	for (__u32 i = 0; i < SERVICE_PREFIXES && i < prefixes->count; i++) {
+		const __u64 *want = (const __u64 *)prefixes->list[i].address;
+		const __u64 *mask = (const __u64 *)prefixes->list[i].mask;
+
+		if (mask[0] && (a[0] & mask[0]) == want[0] && (a[1] & mask[1]) == want[1])
+			return true;
+	}
+	return false;
+}
+
+/* address_judge says what becomes of a packet whose destination is no frontend, or whose port is not known, by
+ * its address alone: REASON_NO_SERVICE, it is left alone; REASON_WRONG_PORT, it is sent to a ClusterIP;
+ * REASON_UNASSIGNED, to an address where ClusterIPs are, that no Service has. Outside the prefixes it takes no
+ * lookup, unless there are ClusterIPs elsewhere. A function of its own to the verifier, who would count every
+ * prefix at every place it is called. */
+__noinline enum reason address_judge(const struct tuple *t)
+{
+	const struct service_prefixes *prefixes;
+	struct frontend frontend;
+	__u32 zero = 0;
+	bool inside;
+
+	if (!t)
+		return REASON_NO_SERVICE;
+	prefixes = bpf_map_lookup_elem(&service_prefixes, &zero);
+	if (!prefixes)
+		return REASON_NO_SERVICE;
+	inside = prefixes_have(prefixes, t->destination);
+	if (!inside && !prefixes->elsewhere)
+		return REASON_NO_SERVICE;
+	frontend = frontend_lookup(t->destination, 0, PROTOCOL_ANY);
+	if (frontend.kind == KIND_ADDRESS)
+		return frontend.flags & ADDRESS_CLUSTER_IP ? REASON_WRONG_PORT : REASON_NO_SERVICE;
+	return inside ? REASON_UNASSIGNED : REASON_NO_SERVICE;
 }
 
 static __always_inline struct backend_life backend_life_load(const struct backend *backend)
@@ -75,26 +112,105 @@ static __always_inline struct backend *backend_lookup(__u32 id)
 	return bpf_map_lookup_elem(&backends, &id);
 }
 
-/* backend_select returns the id of the backend behind slot `hash % count` of a service, 0 where the service
- * has none. One load of the range: user space replaces it by one store. */
-static __always_inline __u32 backend_select(__u32 service_id, __u32 hash)
+static __always_inline struct service_policy policy_load(const struct service *service)
 {
-	const struct service *service = bpf_map_lookup_elem(&services, &service_id);
+	union {
+		__u64 word;
+		struct service_policy policy;
+	} loaded = { .word = u64_load(&service->policy) };
+
+	return loaded.policy;
+}
+
+/* client_is_allowed tells whether an address is in a source range of a service. */
+static __always_inline bool client_is_allowed(__u32 service, const __u8 *client)
+{
+	struct source_range key = {
+		.prefix_length = 8 * (sizeof(key.service) + sizeof(key.address)),
+		.service = service,
+	};
+
+	__builtin_memcpy(key.address, client, ADDRESS_LENGTH);
+	return bpf_map_lookup_elem(&source_ranges, &key);
+}
+
+/* policy_scope returns the scope in which a packet to a frontend chooses: as a flag of a backend. */
+static __always_inline __u8 policy_scope(struct service_policy policy, enum frontend_kind kind,
+					 bool outside)
+{
+	bool local = false;
+
+	if (kind == KIND_CLUSTER_IP)
+		local = policy.flags & SERVICE_INTERNAL_LOCAL;
+	else if (kind != KIND_HOST_PORT) /* whose pod is on this node */
+		local = outside && policy.flags & SERVICE_EXTERNAL_LOCAL;
+	return local ? BACKEND_LOCAL : BACKEND_CLUSTER;
+}
+
+static __always_inline struct slot_range range_load(const struct slot_range *range)
+{
 	union {
 		__u64 word;
 		struct slot_range range;
-	} loaded;
-	__u32 slot;
-	const __u32 *id;
+	} loaded = { .word = u64_load(range) };
 
-	if (!service)
+	return loaded.range;
+}
+
+/* range_select returns the id of the backend behind slot `hash % count`, 0 where there is none. */
+static __always_inline __u32 range_select(struct slot_range range, __u32 hash)
+{
+	const __u32 *id;
+	__u32 slot;
+
+	if (!range.count)
 		return 0;
-	loaded.word = u64_load(&service->cluster);
-	if (!loaded.range.count)
-		return 0;
-	slot = loaded.range.first + hash % loaded.range.count;
+	slot = range.first + hash % range.count;
 	id = bpf_map_lookup_elem(&slots, &slot);
 	return id ? *id : 0;
+}
+
+/* affinity_find returns the backend that a client of a service has, and notes that it is used; 0 where it has
+ * none, or one that no new flow may choose in this scope. The element may become another client's while it is
+ * read. So it is copied at once, and whatever it says is held against the backend: at worst the client gets
+ * another one of this service. */
+static __always_inline __u32 affinity_find(const struct affinity_key *key, __u32 timeout_s,
+					   __u8 scope, __u64 now)
+{
+	struct affinity *element = bpf_map_lookup_elem(&affinity, key);
+	const struct backend *backend;
+	struct backend_life life;
+	struct affinity record;
+	__s64 age;
+
+	if (!element)
+		return 0;
+	record = *element;
+	age = now - record.last_used_ns; /* negative: another CPU's clock was read later */
+	if (age > 0 && (__u64)age >= timeout_s * 1000000000ULL)
+		return 0;
+	backend = backend_lookup(record.backend);
+	if (!backend)
+		return 0;
+	life = backend_life_load(backend);
+	if (life.state != BACKEND_ACTIVE || !(life.flags & scope) ||
+	    backend->service != key->service || life.port != record.port ||
+	    !address_equal(backend->address, record.address))
+		return 0;
+	element->last_used_ns = now;
+	return record.backend;
+}
+
+static __always_inline void affinity_write(const struct affinity_key *key, __u32 id, __u64 now)
+{
+	struct affinity record = { .last_used_ns = now, .backend = id };
+	const struct backend *backend = backend_lookup(id);
+
+	if (!backend)
+		return;
+	__builtin_memcpy(record.address, backend->address, ADDRESS_LENGTH);
+	record.port = backend_life_load(backend).port;
+	bpf_map_update_elem(&affinity, key, &record, BPF_ANY);
 }
 
 #endif

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause)
 /* The sweeper's program, attached to nothing: package loader runs it by BPF_PROG_TEST_RUN on a struct sweep_step,
- * since no system call can take a flow's lock. It frees memory, no more: an expired entry is absent anyway.
+ * since no system call can take a flow's lock. It counts what flows have carried, and frees memory: an expired
+ * entry is absent anyway.
  */
 #include "flow.h"
 
@@ -34,7 +35,8 @@ static __always_inline bool flow_useless(const struct flow *flow, const struct t
 	return !(flow->state & FLOW_MOVED) && twin_taken(key, to, now);
 }
 
-/* flow_sweep removes the entry of a key if it may go, and returns how many it removed. It judges once without the
+/* flow_sweep adds what the entry of a key has carried to the statistics and removes it if it may go, and returns how
+ * many it removed. It judges once without the
  * lock, so that none is taken for what stays, and again with it. It does without `changes`: on some kernels
  * BPF_PROG_TEST_RUN lets packets interrupt it. */
 __noinline int flow_sweep(const struct tuple *key, __u32 in)
@@ -53,6 +55,7 @@ __noinline int flow_sweep(const struct tuple *key, __u32 in)
 			      : bpf_map_lookup_elem(&pending, key);
 	if (!flow)
 		return 0;
+	flow_fold(flow);
 	to = flow->to;
 	/* As in flow_claim. */
 	lock = flow->role == ROLE_REPLY ? tuple_lock(&to) : tuple_lock(key);

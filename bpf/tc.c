@@ -12,20 +12,30 @@
 #include "reset.h"
 #include "verdict.h"
 
-/* ingress_refuse is the exit of a packet whose ports are not known. The border: what is sent to a VIP
- * and cannot be understood is ours and dropped, for the stack must not see a VIP; all else passes. */
+/* ingress_refuse is the exit of a packet whose ports are not known. The border: what is sent to a ClusterIP, or
+ * where there might be one, and cannot be understood is ours and dropped, for the stack must not see it; all else
+ * passes. */
 static __always_inline int ingress_refuse(const struct pkt *pkt, enum reason reason)
 {
 	bool ours = pkt->family && (reason == REASON_MALFORMED || reason == REASON_FRAGMENT ||
 				    reason == REASON_UNSUPPORTED);
 
-	if (!ours || !address_is_vip(pkt->tuple.destination))
+	if (!ours || address_judge(&pkt->tuple) == REASON_NO_SERVICE)
 		return verdict(reason, VERDICT_PASS);
 	if (reason == REASON_FRAGMENT)
 		return verdict(REASON_VIP_FRAGMENT, VERDICT_DROP);
 	if (reason == REASON_UNSUPPORTED)
 		return verdict(REASON_VIP_UNSUPPORTED, VERDICT_DROP);
 	return verdict(REASON_VIP_MALFORMED, VERDICT_DROP);
+}
+
+/* ingress_stranger is the exit of a packet that has a port and leads nowhere, for what address_judge says. A
+ * frame for another host is that host's. */
+static __always_inline int ingress_stranger(enum reason reason)
+{
+	if (reason == REASON_NO_SERVICE)
+		return verdict(reason, VERDICT_PASS);
+	return verdict(reason, VERDICT_DROP);
 }
 
 /* translate makes the packet what its flow says. At the port of a bridge the frame need not be sent to the
@@ -42,7 +52,8 @@ static __always_inline int translate(ctx_t *ctx, struct pkt *pkt, const struct t
 }
 
 /* ingress_open is the way of a packet that needs a change of the flow tables. */
-static __always_inline int ingress_open(ctx_t *ctx, struct pkt *pkt, struct frontend frontend)
+static __always_inline int ingress_open(ctx_t *ctx, struct pkt *pkt, struct frontend frontend,
+					bool outside)
 {
 	struct change *change = change_begin();
 	enum reason reason;
@@ -51,11 +62,12 @@ static __always_inline int ingress_open(ctx_t *ctx, struct pkt *pkt, struct fron
 	if (!change)
 		return verdict(REASON_TABLE_FULL, VERDICT_DROP);
 	change->t = pkt->tuple;
-	change->service = frontend.service;
+	change->frontend = frontend;
 	change->bytes = pkt->length;
 	change->flags = (pkt_is_syn(pkt) ? CHANGE_SYN : 0) |
 			(pkt->tcp_flags & TCP_RST ? CHANGE_RST : 0) |
-			(frontend.kind == KIND_IDENTITY ? CHANGE_IDENTITY : 0);
+			(frontend.kind == KIND_IDENTITY ? CHANGE_IDENTITY : 0) |
+			(outside ? CHANGE_OUTSIDE : 0);
 	reason = flow_open();
 	switch (reason) {
 	case REASON_OTHER_HOOK:
@@ -149,19 +161,22 @@ static __always_inline int ingress(ctx_t *ctx, enum device_role device)
 		if (!foreign)
 			frontend = frontend_lookup(pkt.tuple.destination,
 						   pkt.tuple.destination_port, pkt.tuple.protocol);
-		if (!frontend.kind && !switched)
+		reason = REASON_NO_SERVICE;
+		if (!frontend.kind && !foreign)
+			reason = address_judge(&pkt.tuple);
+		if (!frontend.kind && !switched && reason == REASON_NO_SERVICE)
 			return verdict(REASON_NO_SERVICE, VERDICT_PASS);
 		table = PENDING;
 		flow = flow_lookup(PENDING, &pkt.tuple, now);
 		if (!frontend.kind) {
 			if (!flow || flow->hook == AT_INGRESS)
-				return verdict(REASON_NO_SERVICE, VERDICT_PASS);
+				return ingress_stranger(reason);
 			to = flow->to;
 			return detour(ctx, &pkt, flow, &to);
 		}
 	}
 	if (!flow)
-		return ingress_open(ctx, &pkt, frontend);
+		return ingress_open(ctx, &pkt, frontend, device == NODE);
 
 	to = flow->to; /* copied at once: the element may become another's */
 	if (!(flow->hook & AT_INGRESS)) {
@@ -187,7 +202,7 @@ static __always_inline int ingress(ctx_t *ctx, enum device_role device)
 			frontend = frontend_lookup(pkt.tuple.destination,
 						   pkt.tuple.destination_port, pkt.tuple.protocol);
 		if (!frontend.kind)
-			return verdict(REASON_NO_SERVICE, VERDICT_PASS);
+			goto gone;
 		if (!flow_keeps(backend, life, frontend.service, &to))
 			goto open;
 		flow->generation = life.generation;
@@ -203,8 +218,10 @@ open:
 		frontend = frontend_lookup(pkt.tuple.destination, pkt.tuple.destination_port,
 					   pkt.tuple.protocol);
 	if (!frontend.kind)
-		return verdict(REASON_NO_SERVICE, VERDICT_PASS);
-	return ingress_open(ctx, &pkt, frontend);
+		goto gone;
+	return ingress_open(ctx, &pkt, frontend, device == NODE);
+gone:
+	return ingress_stranger(foreign ? REASON_NO_SERVICE : address_judge(&pkt.tuple));
 }
 
 static __always_inline int egress(ctx_t *ctx)

@@ -299,13 +299,14 @@ struct change {
 	struct tuple u_back; /* inverse(u): what replies are */
 	struct tuple old_back; /* u_back of the flow that this one replaces */
 	struct flow value; /* to be written */
+	struct frontend frontend; /* that t is sent to */
 	__u64 now_ns;
 	__u32 lock; /* the lock that is held */
-	__u32 service;
 	__u32 backend;
 	__u32 generation;
 	__u32 flags; /* of enum change_flags */
 	__u32 bytes; /* of the packet that makes it */
+	__u32 pad;
 };
 
 enum change_flags {
@@ -315,6 +316,7 @@ enum change_flags {
 	CHANGE_REPLACE = 8, /* t has a living entry, which leads elsewhere */
 	CHANGE_LOST_REPLY = 16, /* flow_restore: it is the reply half that is lost */
 	CHANGE_IN_FLOWS = 32, /* flow_restore: the other half is in `flows` */
+	CHANGE_OUTSIDE = 64, /* the packet that makes it is not from this node */
 };
 
 /* ---- devices ---- */

@@ -96,6 +96,7 @@ func newRig(t *testing.T) *rig {
 	}
 	r := &rig{t: t, maps: s.maps, programs: s.programs, loader: s.loader}
 	r.clearFlows()
+	r.clearAffinity()
 	var keys []maps.FrontendKey
 	r.must(r.maps.EachFrontend(func(k maps.FrontendKey, _ maps.Frontend) bool {
 		keys = append(keys, k)
@@ -106,11 +107,41 @@ func newRig(t *testing.T) *rig {
 	}
 	for id := range r.maps.Sizes().Services {
 		r.must(r.maps.SetServiceCluster(id, maps.SlotRange{}))
+		r.must(r.maps.SetServiceLocal(id, maps.SlotRange{}))
+		r.must(r.maps.SetServicePolicy(id, maps.Policy{}))
+		r.must(r.maps.ClearServiceStats(id))
 	}
 	for id := range r.maps.Sizes().Backends {
 		r.must(r.maps.SetBackend(id, maps.Backend{}))
+		r.must(r.maps.ClearBackendStats(id))
 	}
+	type sourceRange struct {
+		service uint32
+		clients netip.Prefix
+	}
+	var ranges []sourceRange
+	r.must(r.maps.EachSourceRange(func(service uint32, p netip.Prefix) bool {
+		ranges = append(ranges, sourceRange{service, p})
+		return true
+	}))
+	for _, s := range ranges {
+		r.must(r.maps.DeleteSourceRange(s.service, s.clients))
+	}
+	r.must(r.maps.SetServicePrefixes(nil, false))
 	return r
+}
+
+// clearAffinity forgets every client's backend.
+func (r *rig) clearAffinity() {
+	r.t.Helper()
+	var keys []maps.AffinityKey
+	r.must(r.maps.EachAffinity(func(k maps.AffinityKey, _ maps.Affinity) bool {
+		keys = append(keys, k)
+		return true
+	}))
+	for _, k := range keys {
+		r.must(r.maps.All()["affinity"].Delete(k))
+	}
 }
 
 // backend writes a backend of a service.
@@ -128,13 +159,22 @@ func (r *rig) slots(service uint32, ids ...uint32) {
 	r.must(r.maps.SetServiceCluster(service, maps.SlotRange{First: first, Count: uint32(len(ids))}))
 }
 
-// frontend leads a VIP to a service, for TCP and UDP, and says that the address is a ClusterIP.
+// frontend leads a VIP to a service, for TCP and UDP, and says that the address is a ClusterIP, in no prefix.
 func (r *rig) frontend(vip netip.AddrPort, service uint32) {
 	for _, p := range []lb.Protocol{lb.TCP, lb.UDP} {
 		r.must(r.maps.SetFrontend(maps.KeyOf(lb.VIP{Addr: vip.Addr(), Port: vip.Port(), Protocol: p}),
 			maps.FrontendOf(service, lb.ClusterIP)))
 	}
-	r.must(r.maps.SetFrontend(maps.KeyOf(lb.VIP{Addr: vip.Addr()}), maps.FrontendOf(0, lb.Address)))
+	r.address(vip.Addr(), maps.AddressClusterIP)
+	prefixes, _ := r.maps.ServicePrefixes()
+	r.must(r.maps.SetServicePrefixes(prefixes, true))
+}
+
+// address says what is known of an address.
+func (r *rig) address(a netip.Addr, flags uint8) {
+	f := maps.FrontendOf(0, lb.Address)
+	f.Flags = flags
+	r.must(r.maps.SetFrontend(maps.KeyOf(lb.VIP{Addr: a}), f))
 }
 
 // service is the usual one: a VIP, service 1, and one backend, 1.
@@ -509,7 +549,6 @@ func TestNotOurs(t *testing.T) {
 			b := p.Bytes()
 			r.expect("node_in", b, pass, "multicast", b)
 			for name, p := range map[string]testenv.Packet{
-				"another port":                   base(f, netip.AddrPortFrom(f.vip.Addr(), 81))[protocol],
 				"a backend's own address":        base(f, f.backend)[protocol],
 				"the next address":               base(f, netip.AddrPortFrom(f.vip.Addr().Next().Next(), 80))[protocol],
 				"from the VIP":                   with(base(f, f.client)[protocol], func(p *testenv.Packet) { p.Source = f.vip }),
@@ -871,7 +910,7 @@ func TestGeneration(t *testing.T) {
 						r.must(r.maps.DeleteFrontend(maps.KeyOf(lb.VIP{Addr: f.vip.Addr(), Port: f.vip.Port(), Protocol: p})))
 					}
 					r.must(r.maps.SetBackendLife(1, life(maps.BackendActive, 2)))
-					r.expect("node_in", udp.Bytes(), pass, "no_service", udp.Bytes())
+					r.expect("node_in", udp.Bytes(), drop, "wrong_port", nil)
 					if assured {
 						c.send(testenv.ACK, "forward")
 					}

@@ -12,9 +12,10 @@ import (
 	"github.com/lbagent/lbagent/maps"
 )
 
-// Sweep removes those of the entries with these keys that have expired, or whose twin is another flow's, and
-// returns how many. The program judges each, under the flow's lock; where that is held, the entry stays. It may be
-// called beside any other method but Close.
+// Sweep adds what the entries with these keys have carried to the statistics of their backends and services, once
+// each packet. It removes those that have expired, or whose twin is another flow's, and returns how many. The program
+// judges each, under the flow's lock; where that is held, the entry stays. It may be called beside any other method
+// but Close.
 //
 // A call of the kernel does as many keys as fit into a step, so that no CPU is held for more than some tens of
 // microseconds.

@@ -85,13 +85,14 @@ type bpfChange struct {
 	U_back     bpfTuple
 	OldBack    bpfTuple
 	Value      bpfFlow
+	Frontend   bpfFrontend
 	NowNs      uint64
 	Lock       uint32
-	Service    uint32
 	Backend    uint32
 	Generation uint32
 	Flags      uint32
 	Bytes      uint32
+	Pad        uint32
 }
 
 type bpfDevice struct {
