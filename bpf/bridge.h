@@ -76,13 +76,6 @@ __noinline bool frame_to_bridge(ctx_t *ctx)
 	return true;
 }
 
-static __always_inline bool address_equal(const __u8 *a, const __u8 *b)
-{
-	const __u64 *x = (const __u64 *)a, *y = (const __u64 *)b;
-
-	return x[0] == y[0] && x[1] == y[1];
-}
-
 /* quoted_tuple reads the beginning of the packet that an ICMP error is about. */
 static __always_inline bool quoted_tuple(ctx_t *ctx, __u32 offset, __u8 family, struct tuple *to)
 {

@@ -4,23 +4,40 @@
  *   pod_in, port_in, node_in   ingress: from a VIP to a backend, before the host's stack
  *   pod_out, node_out          egress: a reply's source back to the VIP, behind it
  *
+ * What is answered, and both directions between a pod and itself, is sent back out of the device that it came by;
+ * it passes that device's egress program, which has no flow for it.
+ *
  * Between the two, routing, rp_filter, netfilter and conntrack see client and backend as if there were
  * no service.
  */
 #include "bridge.h"
 #include "flow.h"
-#include "reset.h"
+#include "hairpin.h"
+#include "reject.h"
 #include "verdict.h"
 
 /* ingress_refuse is the exit of a packet whose ports are not known. The border: what is sent to a VIP
- * and cannot be understood is ours and dropped, for the stack must not see a VIP; all else passes. */
-static __always_inline int ingress_refuse(const struct pkt *pkt, enum reason reason)
+ * and cannot be understood is ours and dropped, for the stack must not see a VIP; all else passes. So is what
+ * is sent to the hairpin address, which is nobody's but ours. Echo requests alone are answered. */
+static __always_inline int ingress_refuse(ctx_t *ctx, struct pkt *pkt, enum reason reason)
 {
 	bool ours = pkt->family && (reason == REASON_MALFORMED || reason == REASON_FRAGMENT ||
 				    reason == REASON_UNSUPPORTED);
+	struct frontend address;
 
-	if (!ours || !address_is_vip(pkt->tuple.destination))
+	if (!ours)
 		return verdict(reason, VERDICT_PASS);
+	address = frontend_lookup(pkt->tuple.destination, 0, PROTOCOL_ANY);
+	if (address.kind != KIND_ADDRESS && !address_is_hairpin(pkt->tuple.destination))
+		return verdict(reason, VERDICT_PASS);
+	if (address.kind == KIND_ADDRESS && reason == REASON_UNSUPPORTED &&
+	    echo_is_request(ctx, pkt)) {
+		if (address.flags & ADDRESS_ECHO)
+			return echo_answer(ctx, pkt);
+		if (address.flags & ADDRESS_CLUSTER_IP)
+			return reject(ctx, pkt, REASON_NO_BACKEND);
+		return verdict(reason, VERDICT_PASS);
+	}
 	if (reason == REASON_FRAGMENT)
 		return verdict(REASON_VIP_FRAGMENT, VERDICT_DROP);
 	if (reason == REASON_UNSUPPORTED)
@@ -65,7 +82,11 @@ static __always_inline int ingress_open(ctx_t *ctx, struct pkt *pkt, struct fron
 	case REASON_FORWARD:
 	case REASON_NEW_FLOW:
 		to = change->u;
+		if (change->flags & CHANGE_BACK)
+			return hairpin_forward(ctx, pkt, &to, reason);
 		return translate(ctx, pkt, &to, reason);
+	case REASON_NO_BACKEND:
+		return reject(ctx, pkt, reason);
 	default:
 		return verdict(reason, VERDICT_DROP);
 	}
@@ -75,11 +96,13 @@ static __always_inline int ingress_open(ctx_t *ctx, struct pkt *pkt, struct fron
 static __always_inline int hit(ctx_t *ctx, struct pkt *pkt, struct flow *flow, struct tuple *to,
 			       enum table table, __u64 now, enum reason reason)
 {
-	bool both = flow->hook == AT_BOTH;
+	bool both = flow->hook == AT_BOTH, back = flow->flags & FLOW_BACK;
 
 	flow_note(pkt, flow, to, table, now);
 	if (both)
 		return verdict(REASON_DIRECT, VERDICT_PASS);
+	if (back)
+		return hairpin_forward(ctx, pkt, to, reason);
 	return translate(ctx, pkt, to, reason);
 }
 
@@ -111,6 +134,7 @@ static __always_inline int ingress(ctx_t *ctx, enum device_role device)
 	 * may have the VIP. */
 	bool foreign = false;
 	bool switched = false;
+	bool hairpin; /* sent to the hairpin address: a reply, or nothing */
 	struct frontend frontend = {};
 	struct backend_life life;
 	struct backend *backend;
@@ -140,7 +164,7 @@ static __always_inline int ingress(ctx_t *ctx, enum device_role device)
 	if (pkt.link_local)
 		return verdict(REASON_MULTICAST, VERDICT_PASS);
 	if (reason)
-		return foreign ? verdict(reason, VERDICT_PASS) : ingress_refuse(&pkt, reason);
+		return foreign ? verdict(reason, VERDICT_PASS) : ingress_refuse(ctx, &pkt, reason);
 	pkt.switched = switched;
 
 	now = clock_now();
@@ -149,11 +173,14 @@ static __always_inline int ingress(ctx_t *ctx, enum device_role device)
 		if (!foreign)
 			frontend = frontend_lookup(pkt.tuple.destination,
 						   pkt.tuple.destination_port, pkt.tuple.protocol);
-		if (!frontend.kind && !switched)
+		hairpin = !foreign && address_is_hairpin(pkt.tuple.destination);
+		if (!frontend.kind && !switched && !hairpin)
 			return verdict(REASON_NO_SERVICE, VERDICT_PASS);
 		table = PENDING;
 		flow = flow_lookup(PENDING, &pkt.tuple, now);
-		if (!frontend.kind) {
+		if (hairpin && !flow)
+			return verdict(REASON_NO_HAIRPIN, VERDICT_DROP);
+		if (!frontend.kind && !hairpin) {
 			if (!flow || flow->hook == AT_INGRESS)
 				return verdict(REASON_NO_SERVICE, VERDICT_PASS);
 			to = flow->to;
@@ -171,6 +198,8 @@ static __always_inline int ingress(ctx_t *ctx, enum device_role device)
 	}
 	if (foreign && flow->hook != AT_BOTH)
 		return verdict(REASON_NOT_HOST, VERDICT_PASS);
+	if (flow->hook == AT_INGRESS && flow->role == ROLE_REPLY) /* of a hairpin flow */
+		return hit(ctx, &pkt, flow, &to, table, now, REASON_REPLY);
 	/* UDP and SYNs of a changed backend look again; all other TCP goes on. */
 	looks = pkt.tuple.protocol == PROTOCOL_UDP;
 	if (pkt_is_syn(&pkt)) {
