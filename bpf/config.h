@@ -31,7 +31,7 @@ const volatile struct flow_timeouts timeouts_ns;
 const volatile __u32 silent_backend_timeout_ms = SILENT_NEVER;
 
 /* What a pod that is its own endpoint sees as its client, IPv4 (v4-mapped) and IPv6. */
-const volatile __u8 hairpin_addresses[2][16];
+const volatile __u8 hairpin_addresses[2][16] __attribute__((aligned(8)));
 
 /* CSUM_IPV6 where the kernel knows it, else 0. Without it the kernel would spoil the sum of a whole IPv6
  * packet that a device has computed (CHECKSUM_COMPLETE): the packet is still accepted, after the kernel

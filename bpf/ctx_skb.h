@@ -108,6 +108,13 @@ static __always_inline bool ctx_trim(ctx_t *ctx, __u32 length)
 	return !bpf_skb_change_tail(ctx, length, 0);
 }
 
+/* ctx_grow makes room of `length` bytes behind the link header. The checksum that a device is to finish keeps its
+ * place in what was there. False: not for this packet. */
+static __always_inline bool ctx_grow(ctx_t *ctx, __u32 length)
+{
+	return !bpf_skb_adjust_room(ctx, length, BPF_ADJ_ROOM_MAC, 0);
+}
+
 /* ctx_send_back returns the verdict that sends a packet out of the device by which it came. */
 static __always_inline int ctx_send_back(ctx_t *ctx)
 {

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
 /* The flow tables. A flow is a pair of entries: T -> U at ingress (the forward half) and, at egress,
- * inverse(U) -> inverse(T) (the reply half). Each half leads to its twin: the twin's key is the inverse
- * of `to`.
+ * inverse(U) -> inverse(T) (the reply half). Of a hairpin flow, whose source changes as well, both apply at
+ * ingress. Each half leads to its twin: the twin's key is the inverse of `to`.
  *
  * Lookups, touches and writes of state take no lock. What changes which keys exist, or what a `to` says,
  * holds the flow's lock, and looks again after taking it: flow_open, flow_assure, flow_restore, and
@@ -249,7 +249,7 @@ static __always_inline enum claim flow_claim(struct change *change, const struct
 		half_own(other, change->value.backend);
 		other->last_seen_ns = change->now_ns;
 		other->state = 0;
-		other->flags = 0;
+		other->flags = change->value.flags;
 		other->generation = change->value.generation;
 		return CLAIM_JOINED;
 	}
@@ -289,7 +289,7 @@ static __always_inline void half_reopen(struct flow *flow, const struct tuple *t
 	if (!half_is(flow, to))
 		return;
 	flow->state = 0;
-	flow->flags = 0;
+	flow->flags &= FLOW_BACK;
 	half_own(flow, change->backend);
 	flow->generation = change->generation;
 	flow->last_seen_ns = change->now_ns;
@@ -351,18 +351,20 @@ static __always_inline void expired_remove(const struct tuple *key, const struct
 __noinline enum claim flow_try(void)
 {
 	struct change *change = change_begin();
-	bool identity;
+	bool identity, back;
 	struct flow *other;
 	enum claim claimed;
 
 	if (!change)
 		return CLAIM_FAILED;
 	identity = change->flags & CHANGE_IDENTITY;
+	back = change->flags & CHANGE_BACK;
 	tuple_invert(&change->u_back, &change->u);
 	tuple_invert(&change->t_back, &change->t);
 	__builtin_memset(&change->value, 0, sizeof(change->value));
 	change->value.to = change->t_back;
 	change->value.role = ROLE_REPLY;
+	change->value.flags = back ? FLOW_BACK : 0;
 	change->value.backend = change->backend;
 	change->value.generation = change->generation;
 	change->value.last_seen_ns = change->now_ns;
@@ -378,7 +380,7 @@ __noinline enum claim flow_try(void)
 		return CLAIM_TAKEN;
 	}
 	if (claimed == CLAIM_NEW) {
-		change->value.hook = identity ? AT_BOTH : AT_EGRESS;
+		change->value.hook = identity ? AT_BOTH : back ? AT_INGRESS : AT_EGRESS;
 		if (bpf_map_update_elem(&pending, &change->u_back, &change->value, BPF_ANY))
 			goto full;
 	}
@@ -502,8 +504,11 @@ static __always_inline enum reason flow_open_locked(struct change *change)
 		/* Another CPU may have done the work while this one waited for the lock. */
 		if (!(change->flags & CHANGE_SYN && flow_closing(flow)) &&
 		    (!id || life.generation == flow->generation ||
-		     flow_keeps(backend, life, change->frontend.service, &change->u)))
+		     flow_keeps(backend, life, change->frontend.service, &change->u))) {
+			if (flow->flags & FLOW_BACK)
+				change->flags |= CHANGE_BACK;
 			return flow->hook == AT_BOTH ? REASON_DIRECT : REASON_FORWARD;
+		}
 		tuple_invert(&change->old_back, &change->u);
 	} else if (change->flags & CHANGE_RST) {
 		return REASON_STRAY_RST;
@@ -524,6 +529,13 @@ static __always_inline enum reason flow_open_locked(struct change *change)
 		change->generation = life.generation;
 		__builtin_memcpy(to.destination, backend->address, ADDRESS_LENGTH);
 		to.destination_port = life.port;
+		if (address_equal(to.destination, to.source)) {
+			const volatile __u64 *hairpin = address_hairpin(to.source);
+
+			((__u64 *)to.source)[0] = hairpin[0];
+			((__u64 *)to.source)[1] = hairpin[1];
+			change->flags |= CHANGE_BACK;
+		}
 	}
 	if (flow) {
 		tuple_invert(&change->t_back, &change->t);
@@ -784,12 +796,12 @@ static __always_inline void flow_note(const struct pkt *pkt, struct flow *flow,
 			change->value.bytes = 0;
 			change->value.counted_packets = 0;
 			change->value.counted_bytes = 0;
-			change->value.flags = 0;
+			change->value.flags = flow->flags & FLOW_BACK;
 			change->value.to = reply ? change->u : change->t_back;
 			change->value.role = reply ? ROLE_FORWARD : ROLE_REPLY;
-			change->value.hook = flow->hook == AT_BOTH ? AT_BOTH
-					     : reply		   ? AT_INGRESS
-								   : AT_EGRESS;
+			change->value.hook = flow->hook == AT_BOTH		? AT_BOTH
+					     : reply || flow->flags & FLOW_BACK ? AT_INGRESS
+										: AT_EGRESS;
 			change->flags = (reply ? 0 : CHANGE_LOST_REPLY) |
 					(table == FLOWS ? CHANGE_IN_FLOWS : 0);
 			flow_restore();

@@ -87,6 +87,22 @@ static __always_inline bool address_is_mapped(const struct in6_addr *a)
 	return !a->s6_addr32[0] && !a->s6_addr32[1] && a->s6_addr32[2] == bpf_htonl(0xffff);
 }
 
+/* address_hairpin returns the two words of the hairpin address of an address's family. */
+static __always_inline const volatile __u64 *address_hairpin(const __u8 *address)
+{
+	bool ipv6 = !address_is_mapped((const struct in6_addr *)address);
+
+	return (const volatile __u64 *)hairpin_addresses[ipv6];
+}
+
+static __always_inline bool address_is_hairpin(const __u8 *address)
+{
+	const volatile __u64 *want = address_hairpin(address);
+	const __u64 *have = (const __u64 *)address;
+
+	return have[0] == want[0] && have[1] == want[1];
+}
+
 static __always_inline bool pkt_is_syn(const struct pkt *pkt)
 {
 	return (pkt->tcp_flags & (TCP_SYN | TCP_ACK | TCP_RST)) == TCP_SYN;

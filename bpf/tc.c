@@ -4,23 +4,38 @@
  *   pod_in, port_in, node_in   ingress: from a VIP to a backend, before the host's stack
  *   pod_out, node_out          egress: a reply's source back to the VIP, behind it
  *
+ * What is answered, and both directions between a pod and itself, is sent back out of the device that it came by;
+ * it passes that device's egress program, which has no flow for it.
+ *
  * Between the two, routing, rp_filter, netfilter and conntrack see client and backend as if there were
  * no service.
  */
 #include "bridge.h"
 #include "flow.h"
-#include "reset.h"
+#include "hairpin.h"
+#include "reject.h"
 #include "verdict.h"
 
 /* ingress_refuse is the exit of a packet whose ports are not known. The border: what is sent to a ClusterIP, or
- * where there might be one, and cannot be understood is ours and dropped, for the stack must not see it; all else
- * passes. */
-static __always_inline int ingress_refuse(const struct pkt *pkt, enum reason reason)
+ * where there might be one, or to the hairpin address, and cannot be understood is ours and dropped, for the stack
+ * must not see it; all else passes. Echo requests to a VIP alone are answered. */
+static __always_inline int ingress_refuse(ctx_t *ctx, struct pkt *pkt, enum reason reason)
 {
 	bool ours = pkt->family && (reason == REASON_MALFORMED || reason == REASON_FRAGMENT ||
 				    reason == REASON_UNSUPPORTED);
+	struct frontend address;
 
-	if (!ours || address_judge(&pkt->tuple) == REASON_NO_SERVICE)
+	if (!ours)
+		return verdict(reason, VERDICT_PASS);
+	if (reason == REASON_UNSUPPORTED && echo_is_request(ctx, pkt)) {
+		address = frontend_lookup(pkt->tuple.destination, 0, PROTOCOL_ANY);
+		if (address.flags & ADDRESS_ECHO)
+			return echo_answer(ctx, pkt);
+		if (address.flags & ADDRESS_CLUSTER_IP)
+			return reject(ctx, pkt, REASON_NO_BACKEND);
+	}
+	if (address_judge(&pkt->tuple) == REASON_NO_SERVICE &&
+	    !address_is_hairpin(pkt->tuple.destination))
 		return verdict(reason, VERDICT_PASS);
 	if (reason == REASON_FRAGMENT)
 		return verdict(REASON_VIP_FRAGMENT, VERDICT_DROP);
@@ -31,10 +46,12 @@ static __always_inline int ingress_refuse(const struct pkt *pkt, enum reason rea
 
 /* ingress_stranger is the exit of a packet that has a port and leads nowhere, for what address_judge says. A
  * frame for another host is that host's. */
-static __always_inline int ingress_stranger(enum reason reason)
+static __always_inline int ingress_stranger(ctx_t *ctx, struct pkt *pkt, enum reason reason)
 {
 	if (reason == REASON_NO_SERVICE)
 		return verdict(reason, VERDICT_PASS);
+	if (reason == REASON_WRONG_PORT)
+		return reject(ctx, pkt, reason);
 	return verdict(reason, VERDICT_DROP);
 }
 
@@ -77,7 +94,11 @@ static __always_inline int ingress_open(ctx_t *ctx, struct pkt *pkt, struct fron
 	case REASON_FORWARD:
 	case REASON_NEW_FLOW:
 		to = change->u;
+		if (change->flags & CHANGE_BACK)
+			return hairpin_forward(ctx, pkt, &to, reason);
 		return translate(ctx, pkt, &to, reason);
+	case REASON_NO_BACKEND:
+		return reject(ctx, pkt, reason);
 	default:
 		return verdict(reason, VERDICT_DROP);
 	}
@@ -87,11 +108,13 @@ static __always_inline int ingress_open(ctx_t *ctx, struct pkt *pkt, struct fron
 static __always_inline int hit(ctx_t *ctx, struct pkt *pkt, struct flow *flow, struct tuple *to,
 			       enum table table, __u64 now, enum reason reason)
 {
-	bool both = flow->hook == AT_BOTH;
+	bool both = flow->hook == AT_BOTH, back = flow->flags & FLOW_BACK;
 
 	flow_note(pkt, flow, to, table, now);
 	if (both)
 		return verdict(REASON_DIRECT, VERDICT_PASS);
+	if (back)
+		return hairpin_forward(ctx, pkt, to, reason);
 	return translate(ctx, pkt, to, reason);
 }
 
@@ -123,6 +146,7 @@ static __always_inline int ingress(ctx_t *ctx, enum device_role device)
 	 * may have the VIP. */
 	bool foreign = false;
 	bool switched = false;
+	bool hairpin; /* sent to the hairpin address: a reply, or nothing */
 	struct frontend frontend = {};
 	struct backend_life life;
 	struct backend *backend;
@@ -152,7 +176,7 @@ static __always_inline int ingress(ctx_t *ctx, enum device_role device)
 	if (pkt.link_local)
 		return verdict(REASON_MULTICAST, VERDICT_PASS);
 	if (reason)
-		return foreign ? verdict(reason, VERDICT_PASS) : ingress_refuse(&pkt, reason);
+		return foreign ? verdict(reason, VERDICT_PASS) : ingress_refuse(ctx, &pkt, reason);
 	pkt.switched = switched;
 
 	now = clock_now();
@@ -161,16 +185,19 @@ static __always_inline int ingress(ctx_t *ctx, enum device_role device)
 		if (!foreign)
 			frontend = frontend_lookup(pkt.tuple.destination,
 						   pkt.tuple.destination_port, pkt.tuple.protocol);
+		hairpin = !foreign && address_is_hairpin(pkt.tuple.destination);
 		reason = REASON_NO_SERVICE;
 		if (!frontend.kind && !foreign)
 			reason = address_judge(&pkt.tuple);
-		if (!frontend.kind && !switched && reason == REASON_NO_SERVICE)
+		if (!frontend.kind && !switched && !hairpin && reason == REASON_NO_SERVICE)
 			return verdict(REASON_NO_SERVICE, VERDICT_PASS);
 		table = PENDING;
 		flow = flow_lookup(PENDING, &pkt.tuple, now);
-		if (!frontend.kind) {
+		if (hairpin && !flow)
+			return verdict(REASON_NO_HAIRPIN, VERDICT_DROP);
+		if (!frontend.kind && !hairpin) {
 			if (!flow || flow->hook == AT_INGRESS)
-				return ingress_stranger(reason);
+				return ingress_stranger(ctx, &pkt, reason);
 			to = flow->to;
 			return detour(ctx, &pkt, flow, &to);
 		}
@@ -186,6 +213,8 @@ static __always_inline int ingress(ctx_t *ctx, enum device_role device)
 	}
 	if (foreign && flow->hook != AT_BOTH)
 		return verdict(REASON_NOT_HOST, VERDICT_PASS);
+	if (flow->hook == AT_INGRESS && flow->role == ROLE_REPLY) /* of a hairpin flow */
+		return hit(ctx, &pkt, flow, &to, table, now, REASON_REPLY);
 	/* UDP and SYNs of a changed backend look again; all other TCP goes on. */
 	looks = pkt.tuple.protocol == PROTOCOL_UDP;
 	if (pkt_is_syn(&pkt)) {
@@ -221,7 +250,7 @@ open:
 		goto gone;
 	return ingress_open(ctx, &pkt, frontend, device == NODE);
 gone:
-	return ingress_stranger(foreign ? REASON_NO_SERVICE : address_judge(&pkt.tuple));
+	return ingress_stranger(ctx, &pkt, foreign ? REASON_NO_SERVICE : address_judge(&pkt.tuple));
 }
 
 static __always_inline int egress(ctx_t *ctx)

@@ -317,6 +317,7 @@ enum change_flags {
 	CHANGE_LOST_REPLY = 16, /* flow_restore: it is the reply half that is lost */
 	CHANGE_IN_FLOWS = 32, /* flow_restore: the other half is in `flows` */
 	CHANGE_OUTSIDE = 64, /* the packet that makes it is not from this node */
+	CHANGE_BACK = 128, /* hairpin: u is sent back, and so is what comes in answer */
 };
 
 /* ---- devices ---- */
@@ -389,6 +390,7 @@ enum reason {
 	REASON_REJECT_LIMITED, /* dropped: to be rejected, but ICMP errors were too many already */
 	REASON_NOT_ANSWERED, /* dropped: to be rejected, but this packet must not or cannot be answered */
 	REASON_TIME_EXCEEDED, /* hairpin: answered with time exceeded */
+	REASON_NO_HAIRPIN, /* dropped: sent to the hairpin address, of no flow */
 	REASON_COUNT,
 };
 

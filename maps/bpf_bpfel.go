@@ -248,7 +248,8 @@ const (
 	bpfReasonREASON_REJECT_LIMITED   bpfReason = 35
 	bpfReasonREASON_NOT_ANSWERED     bpfReason = 36
 	bpfReasonREASON_TIME_EXCEEDED    bpfReason = 37
-	bpfReasonREASON_COUNT            bpfReason = 38
+	bpfReasonREASON_NO_HAIRPIN       bpfReason = 38
+	bpfReasonREASON_COUNT            bpfReason = 39
 )
 
 type bpfRecord struct {
