@@ -95,26 +95,29 @@ func TestParseNodePorts(t *testing.T) {
 
 func TestPodRoutes(t *testing.T) {
 	tests := []struct {
-		name string
-		host []string
-		want string
+		name    string
+		devices string // --devices
+		host    []string
+		want    string
 	}{
-		{"routed pods", []string{"dev eth0", "dev veth0 veth", "dev veth1 veth",
+		{"routed pods", "", []string{"dev eth0", "dev veth0 veth", "dev veth1 veth",
 			"route 0.0.0.0/0 eth0", "route 192.0.2.0/24 eth0", "route 10.244.1.2/32 veth1", "route 10.244.1.1/32 veth0",
 			"route fd00:244::1/128 veth0", "route fe80::/64 veth0", "route 10.244.2.0/24 eth0"},
 			"10.244.1.1/32 10.244.1.2/32 fd00:244::1/128"},
-		{"a bridge that pods hang on", []string{"dev eth0", "dev cni0 bridge", "dev veth0 veth master cni0",
+		{"a bridge that pods hang on", "", []string{"dev eth0", "dev cni0 bridge", "dev veth0 veth master cni0",
 			"route 0.0.0.0/0 eth0", "route 10.244.1.0/24 cni0", "route fd00:244:1::/64 cni0"},
 			"10.244.1.0/24 fd00:244:1::/64"},
-		{"a bridge without pods", []string{"dev eth0", "dev br0 bridge", "dev tap0 tun master br0", "route 10.9.0.0/16 br0"}, ""},
-		{"a default route to a pod", []string{"dev veth0 veth", "dev eth0", "route 0.0.0.0/0 eth0", "route 0.0.0.0/0 veth0 100",
+		{"a bridge without pods", "", []string{"dev eth0", "dev br0 bridge", "dev tap0 tun master br0", "route 10.9.0.0/16 br0"}, ""},
+		{"a default route to a pod", "", []string{"dev veth0 veth", "dev eth0", "route 0.0.0.0/0 eth0", "route 0.0.0.0/0 veth0 100",
 			"route 10.244.1.1/32 veth0"}, ""}, // so it is the node's own
-		{"one destination in two tables", []string{"dev eth0", "dev veth0 veth", "route 10.244.1.1/32 veth0", "route 10.244.1.1/32 veth0 100"},
+		{"a default route to a pod that is none of the node's own", "eth0", []string{"dev veth0 veth", "dev eth0",
+			"route 0.0.0.0/0 veth0", "route 10.244.1.1/32 veth0"}, "10.244.1.1/32"},
+		{"one destination in two tables", "", []string{"dev eth0", "dev veth0 veth", "route 10.244.1.1/32 veth0", "route 10.244.1.1/32 veth0 100"},
 			"10.244.1.1/32"},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
-			var cfg Config
+			cfg := Config{Devices: strings.Fields(tt.devices)}
 			cfg.Defaults()
 			if got := listed(PodRoutes(host(t, tt.host...), cfg)); got != tt.want {
 				t.Errorf("got %s, want %s", got, tt.want)
