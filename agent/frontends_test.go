@@ -308,9 +308,14 @@ endpoints: [{addresses: [10.244.1.60]}]
 	local(true)
 }
 
-// TestNodePortCIDRs: with CIDRs of one family any address inside counts, and all of the other family.
-func TestNodePortCIDRs(t *testing.T) {
-	s := newEverywhere(t, func(s *site) { s.config.NodePortAddresses = []string{"192.0.2.64/26"} })
+// TestPrefixes: with CIDRs of one family for NodePorts any address inside counts, and all of the other family;
+// external addresses are held to those allowed; the programs know where cluster IPs are.
+func TestPrefixes(t *testing.T) {
+	s := newEverywhere(t, func(s *site) {
+		s.config.NodePortAddresses = []string{"192.0.2.64/26"}
+		s.config.ExternalIPsAllow = []string{testenv.ExternalCIDR4}
+		s.config.ServiceCIDRs = []string{testenv.ServiceCIDR4, testenv.ServiceCIDR6}
+	})
 	at := func(address string) lb.VIP {
 		return lb.VIP{Addr: netip.MustParseAddr(address), Port: 30007, Protocol: lb.UDP}
 	}
@@ -320,4 +325,21 @@ func TestNodePortCIDRs(t *testing.T) {
 	s.serves(true, at("192.0.2.77"))
 	s.reach(netip.MustParseAddrPort("192.0.2.77:30007"))
 	s.serves(false, at("192.0.2.1"))
+
+	s.serves(true, lb.VIP{Addr: netip.MustParseAddr("203.0.113.10"), Port: 7, Protocol: lb.TCP})
+	s.serves(false, lb.VIP{Addr: netip.MustParseAddr("fd00:e::10"), Port: 7, Protocol: lb.TCP})
+	s.eventually(func(status api.Status) string {
+		if len(status.Problems) != 1 || status.Problems[0].Field != "spec.externalIPs[1]" {
+			return fmt.Sprintf("problems: %v", status.Problems)
+		}
+		return ""
+	})
+	m, err := maps.Read(filepath.Join(s.config.BPFRoot, "maps"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer m.Close()
+	if prefixes, elsewhere := m.ServicePrefixes(); fmt.Sprint(prefixes) != "[10.96.0.0/16 fd00:96::/112]" || elsewhere {
+		t.Errorf("service prefixes %v, elsewhere %v", prefixes, elsewhere)
+	}
 }
