@@ -591,9 +591,10 @@ func (r *Reconciler) free(next []*nextSlots) {
 	}
 }
 
-// switchService writes a service, first what nothing refers to, then the slots, the policy last: it needs the slots
-// of the scope Local and the source ranges. Between these stores a packet finds the new endpoints and the old
-// policy, as if they had changed one after the other.
+// switchService writes a service: first what nothing refers to, then the slots and the policy. A policy that needs
+// slots of the scope Local comes after them, and one that does not before, since those slots are not followed up
+// then. In between a packet finds new endpoints with the old policy, or the reverse, as if they had changed one
+// after the other.
 func (r *Reconciler) switchService(s *service, svc lb.Service, name maps.ServiceName, next []*nextSlots) error {
 	if err := r.writeBackends(s, svc.Backends); err != nil {
 		return err
@@ -619,6 +620,12 @@ func (r *Reconciler) switchService(s *service, svc lb.Service, name maps.Service
 	if err := r.writeRanges(s, svc); err != nil {
 		return err
 	}
+	policy := policyOf(svc)
+	if policy.Flags&localPolicy == 0 {
+		if err := r.setPolicy(s, policy, svc.SourceRanges); err != nil {
+			return err
+		}
+	}
 	for _, n := range next {
 		if err := r.setSlots(s, n.scope, n.slots); err != nil {
 			return err
@@ -626,12 +633,17 @@ func (r *Reconciler) switchService(s *service, svc lb.Service, name maps.Service
 		n.slots = maps.SlotRange{} // it is the service's
 	}
 	s.damaged = false
-	if policy := policyOf(svc); r.maps.Service(s.id).Policy != policy {
+	return r.setPolicy(s, policy, svc.SourceRanges)
+}
+
+// setPolicy is the switch of a policy, and with it of the source ranges that are in force; the others have to go.
+func (r *Reconciler) setPolicy(s *service, policy maps.Policy, ranges []netip.Prefix) error {
+	if r.maps.Service(s.id).Policy != policy {
 		if err := r.maps.SetServicePolicy(s.id, policy); err != nil {
 			return err
 		}
 	}
-	r.confirmRanges(s, svc.SourceRanges)
+	r.confirmRanges(s, ranges)
 	return nil
 }
 
@@ -662,7 +674,7 @@ func (r *Reconciler) writeRanges(s *service, svc lb.Service) error {
 	return nil
 }
 
-// confirmRanges notes which source ranges of a service are in force after a switch; the others have to go.
+// confirmRanges notes which source ranges of a service are in force.
 func (r *Reconciler) confirmRanges(s *service, inForce []netip.Prefix) {
 	for p := range s.ranges {
 		s.ranges[p] = false
@@ -1050,6 +1062,11 @@ func (r *Reconciler) writeAddress(addr netip.Addr, at vipAt) error {
 			want.flags |= maps.AddressEcho
 		}
 	}
+	if prefixes, elsewhere := r.maps.ServicePrefixes(); at.clusterIPs > 0 && !elsewhere && !within(prefixes, addr) {
+		if err := r.maps.SetServicePrefixes(prefixes, true); err != nil {
+			return err
+		}
+	}
 	vip := addressVIP(addr)
 	is, there := r.frontends[vip]
 	if there && is.kind == want.kind && is.flags == want.flags {
@@ -1058,11 +1075,6 @@ func (r *Reconciler) writeAddress(addr netip.Addr, at vipAt) error {
 	}
 	if !there && len(r.frontends) >= int(r.sizes.Frontends) {
 		return fmt.Errorf("address %s: all %d frontends are taken (--max-frontends)", addr, r.sizes.Frontends)
-	}
-	if prefixes, elsewhere := r.maps.ServicePrefixes(); at.clusterIPs > 0 && !elsewhere && !within(prefixes, addr) {
-		if err := r.maps.SetServicePrefixes(prefixes, true); err != nil {
-			return err
-		}
 	}
 	return r.putFrontend(vip, want)
 }
@@ -1221,10 +1233,8 @@ func (r *Reconciler) settle(s *service) error {
 	if err := errors.Join(errs...); err != nil || stays || len(s.backends)+len(s.frontends) > 0 || s.damaged {
 		return err
 	}
-	if r.maps.Service(s.id).Policy != (maps.Policy{}) {
-		if err := r.maps.SetServicePolicy(s.id, maps.Policy{}); err != nil {
-			return err
-		}
+	if err := r.setPolicy(s, maps.Policy{}, nil); err != nil {
+		return err
 	}
 	if err := r.maps.DeleteServiceName(s.id); err != nil {
 		return err
