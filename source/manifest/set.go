@@ -21,9 +21,11 @@ const maxProblems = 20
 // set is files and what of them is in force. A file is all or nothing: it is in force as it was last read
 // without an error and without an object that another file has in force.
 type set struct {
+	ports  PortRange        // of node ports
 	files  map[string]*file // by path
 	owners map[string]place // object -> where it is in force
 	stores stores
+	hints  distribution
 	log    *slog.Logger
 	told   map[lb.Problem]bool // problems that were logged and still are
 	ailing map[string]bool     // files with an error when problems were last told
@@ -49,9 +51,10 @@ type file struct {
 	strays   []lb.Problem // its EndpointSlices that belong to no Service here
 }
 
-func newSet(log *slog.Logger) *set {
+func newSet(ports PortRange, log *slog.Logger) *set {
 	return &set{
-		files: map[string]*file{}, owners: map[string]place{}, stores: newStores(), log: log,
+		ports: ports,
+		files: map[string]*file{}, owners: map[string]place{}, stores: newStores(), hints: newDistribution(), log: log,
 		told: map[lb.Problem]bool{}, ailing: map[string]bool{},
 	}
 }
@@ -68,6 +71,7 @@ func (s *set) file(path string) *file {
 // put takes in what a file was found to hold. settle puts it in force.
 func (s *set) put(path string, objects []decoded, problems []lb.Problem) {
 	f := s.file(path)
+	problems = append(problems, s.ports.check(path, objects)...)
 	f.read, f.removed, f.parsing, f.conflict = true, false, problems, nil
 	f.waiting = !slices.ContainsFunc(problems, isError)
 	f.next = nil
@@ -212,6 +216,12 @@ func (s *set) install(files []*file) {
 			delete(s.files, f.path)
 		}
 	}
+	s.hints.apply(changed, func(name string) object {
+		if d, ok := changed[name]; ok {
+			return d.object
+		}
+		return s.stores.of(name).objects[name]
+	})
 	names := slices.Sorted(maps.Keys(changed))
 	gone := func(name string) bool { return changed[name].object == nil }
 	for _, name := range names {
