@@ -54,10 +54,11 @@ static __always_inline struct frontend frontend_lookup(const __u8 *address, __u1
 	return loaded.frontend;
 }
 
-/* address_is_vip tells whether some service has this address, for packets whose port is not known. */
-static __always_inline bool address_is_vip(const __u8 *address)
+/* address_lookup returns what is known of an address itself, for packets whose port is not known or is none of its
+ * frontends'. */
+static __always_inline struct frontend address_lookup(const __u8 *address)
 {
-	return frontend_lookup(address, 0, PROTOCOL_ANY).kind == KIND_ADDRESS;
+	return frontend_lookup(address, 0, PROTOCOL_ANY);
 }
 
 static __always_inline struct backend_life backend_life_load(const struct backend *backend)

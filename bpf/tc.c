@@ -27,7 +27,7 @@ static __always_inline int ingress_refuse(ctx_t *ctx, struct pkt *pkt, enum reas
 
 	if (!ours)
 		return verdict(reason, VERDICT_PASS);
-	address = frontend_lookup(pkt->tuple.destination, 0, PROTOCOL_ANY);
+	address = address_lookup(pkt->tuple.destination);
 	if (address.kind != KIND_ADDRESS && !address_is_hairpin(pkt->tuple.destination))
 		return verdict(reason, VERDICT_PASS);
 	if (address.kind == KIND_ADDRESS && reason == REASON_UNSUPPORTED &&
