@@ -588,6 +588,11 @@ func TestHairpin(t *testing.T) {
 			h.answers(h.program, p, "no_backend", unreachable(p))
 		}
 		h.age(25 * time.Hour)
+		expired := len(h.keys(maps.Flows))
+		h.wantSwept("after a day", len(h.keys(maps.Pending)), expired)
+		if expired != 2 {
+			t.Errorf("%d halves were in `flows`", expired)
+		}
 		late := h.packet(h.backend, h.as, ack, 1, 1)
 		h.keepMAC = false
 		h.expect("pod_in", late.Bytes(), drop, "no_hairpin", nil)
@@ -630,6 +635,9 @@ func TestHairpinTTL(t *testing.T) {
 		clear(frame[:6])
 		if got := h.run("pod_in", frame); got.Verdict != drop || got.Reason != "reject_limited" {
 			t.Errorf("beyond the limit: %d, %s", got.Verdict, got.Reason)
+		}
+		if h.program != "pod_in" || h.protocol != lb.UDP {
+			return
 		}
 		// Every word that begins with a TTL, so that the sum's carry is met.
 		for ttl := 2; ttl < 256; ttl++ {
@@ -696,7 +704,45 @@ func TestHairpinLostHalf(t *testing.T) {
 			h.up(ack, 1011, 5011, "forward")
 			h.down(ack, 5011, 1016)
 		}
+		// Before it is assured: the flow is begun again and finds its reply half.
+		h.clearFlows()
+		h.up(syn, 1000, 0, "new_flow")
+		h.must(h.maps.All()["pending"].Delete(tuple(h.f.client, h.vip, h.protocol)))
+		h.up(syn, 1000, 0, "new_flow")
+		h.down(synAck, 5000, 1001)
+		h.up(ack, 1001, 5001, "forward")
+		h.in("flows")
+		h.down(ack, 5001, 1006)
 	})
+}
+
+// TestHairpinRace: two CPUs begin a hairpin flow at once. Neither passes a packet to the stack, and its answer comes
+// back.
+func TestHairpinRace(t *testing.T) {
+	if testing.Short() {
+		t.Skip("too long for -short: races need many tries, at speed")
+	}
+	for _, f := range families {
+		h := newHairpin(t, f, "pod_in", lb.TCP)
+		h.keepMAC = false
+		client := func(i int) netip.AddrPort { return netip.AddrPortFrom(f.client.Addr(), uint16(10000+i)) }
+		begin := func(c *cpu, i int) {
+			p := testenv.SegmentTCP(client(i), f.vip, testenv.SYN)
+			c.run("pod_in", p)
+			c.run("pod_in", p)
+		}
+		together(t, h.rig, races, func(int) {}, [2]func(*cpu, int){begin, begin}, func(i int, all []sent) {
+			for _, s := range all {
+				if s.verdict == pass {
+					t.Errorf("%s is passed as %s", testenv.Describe(s.packet.Bytes()), testenv.Describe(s.out.Bytes()))
+				}
+			}
+			c := &cpu{r: h.rig}
+			if s := c.run("pod_in", testenv.SegmentTCP(h.backend, netip.AddrPortFrom(h.as.Addr(), client(i).Port()), testenv.SYN|testenv.ACK)); s.verdict != sentBack {
+				t.Errorf("an answer is not sent back: %d", int32(s.verdict))
+			}
+		})
+	}
 }
 
 // TestHairpinClash: a pod speaks to itself by two Services from one port; each answer finds its way.
