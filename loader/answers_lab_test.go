@@ -485,3 +485,31 @@ func nextFrom(wire *os.File, source netip.Addr) ([]byte, error) {
 		}
 	}
 }
+
+// TestAnswersTagged: the answer to a tagged frame bears the tag, and goes to the MAC address that asked.
+func TestAnswersTagged(t *testing.T) {
+	l := newLab(t, testenv.Config{})
+	wire, err := testenv.Capture(l.Client.Namespace, "eth0")
+	l.rig.must(err)
+	defer wire.Close()
+	_, mac := l.device(l.Client.NodeDevice)
+	own := testenv.MAC{2, 0, 0, 0, 0, 0xc}
+	for family, at := range l.deserted() {
+		l.rig.address(at.Addr(), maps.AddressEcho)
+		client := netip.AddrPortFrom(l.Client.Addr(family), 40000)
+		datagram, segment, request := testenv.DatagramUDP(client, at, "x"), testenv.SegmentTCP(client, at, testenv.SYN), echo(client, at, "x")
+		for _, c := range []struct{ in, out testenv.Packet }{
+			{datagram, unreachable(datagram.Bytes())},
+			{segment, resetOf(segment, 0, 1, testenv.RST|testenv.ACK)},
+			{request, replyOf(request)},
+		} {
+			c.in.VLAN, c.out.VLAN = []uint16{6}, []uint16{6}
+			c.in.SourceMAC, c.in.DestinationMAC = own, mac
+			c.out.SourceMAC, c.out.DestinationMAC = mac, own
+			l.rig.must(wire.Send(c.in.Bytes()))
+			if _, err := wire.Find(5*time.Second, func(f testenv.Frame) bool { return bytes.Equal(f.Data, c.out.Bytes()) }); err != nil {
+				t.Errorf("%s: %v, want %s", testenv.Describe(c.in.Bytes()), err, testenv.Describe(c.out.Bytes()))
+			}
+		}
+	}
+}
