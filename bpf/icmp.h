@@ -28,11 +28,6 @@ struct icmp_header { /* of both families */
 	__be32 rest;
 };
 
-static __always_inline bool pkt_is_icmp(const struct pkt *pkt)
-{
-	return pkt->tuple.protocol == (pkt->family == 4 ? IPPROTO_ICMP : IPPROTO_ICMPV6);
-}
-
 /* ---- errors ---- */
 
 /* icmp_allowed takes one error from what this CPU may send. */
