@@ -28,7 +28,7 @@ static __always_inline int ingress_refuse(ctx_t *ctx, struct pkt *pkt, enum reas
 	if (!ours)
 		return verdict(reason, VERDICT_PASS);
 	if (reason == REASON_UNSUPPORTED && echo_is_request(ctx, pkt)) {
-		address = frontend_lookup(pkt->tuple.destination, 0, PROTOCOL_ANY);
+		address = address_lookup(pkt->tuple.destination);
 		if (address.flags & ADDRESS_ECHO)
 			return echo_answer(ctx, pkt);
 		if (address.flags & ADDRESS_CLUSTER_IP)
