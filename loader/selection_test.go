@@ -538,6 +538,36 @@ func TestAffinityBeginsAnew(t *testing.T) {
 	}
 }
 
+// TestAffinityRace: two flows of a client that begin on two CPUs at once get one backend, and so do all that follow.
+func TestAffinityRace(t *testing.T) {
+	for _, f := range families {
+		r := affine(t, f)
+		const clients = 500
+		var chosen [2][clients]string
+		var cpus sync.WaitGroup
+		for cpu := range chosen {
+			cpus.Go(func() {
+				onCPU(t, cpu)
+				for i := range clients {
+					client := netip.AddrPortFrom(nth(f.client, i).Addr(), uint16(20000+cpu))
+					_, frame := r.runOnly("node_in", opening(lb.TCP, client, f.vip).Bytes())
+					if out, err := testenv.Parse(frame); err == nil {
+						chosen[cpu][i] = out.Destination.String()
+					}
+				}
+			})
+		}
+		cpus.Wait()
+		for i := range clients {
+			client := netip.AddrPortFrom(nth(f.client, i).Addr(), 20002)
+			third := r.choose("node_in", opening(lb.TCP, client, f.vip))
+			if chosen[0][i] != third || chosen[1][i] != third {
+				t.Fatalf("%s: client %d has %s, %s and %s", f.name, i, chosen[0][i], chosen[1][i], third)
+			}
+		}
+	}
+}
+
 // TestServicePrefixes: what becomes of packets to addresses where no frontend is.
 func TestServicePrefixes(t *testing.T) {
 	const noEntry = 0x80
@@ -822,9 +852,78 @@ func TestStatsOfDirect(t *testing.T) {
 	}
 	r.sweepAll()
 	r.wantStats("direct", lbmaps.ServiceStats{}, map[uint32]lbmaps.BackendStats{})
+	// By another port, as a flow of the service has its own.
+	r.clearFlows()
+	toVIP := opening(lb.UDP, f.client, f.vip).Bytes()
+	for _, frame := range [][]byte{toVIP, p, p} {
+		r.run("node_in", frame)
+	}
+	if got := r.run("node_in", p); got.Reason != "forward" {
+		t.Error(got.Reason)
+	}
+	r.sweepAll()
+	one := lbmaps.BackendStats{Flows: 1, PacketsIn: 1, BytesIn: uint64(len(toVIP) - 14)}
+	r.wantStats("remapped", lbmaps.ServiceStats{Flows: 1, PacketsIn: 1, BytesIn: one.BytesIn}, map[uint32]lbmaps.BackendStats{1: one})
 	if s := r.maps.ServiceStats(0); s != (lbmaps.ServiceStats{}) {
 		t.Errorf("no service has %+v", s)
 	}
+}
+
+// TestStatsOfTwoSweepers: both count the same entries at once, and meet. Each packet is added once.
+func TestStatsOfTwoSweepers(t *testing.T) {
+	f := families[0]
+	r := newRig(t)
+	r.usable(1, 1, f.backend, bothScopes)
+	r.slots(1, 1)
+	r.front(f.vip, 1, lb.ClusterIP)
+	const halves, rounds = 512, 100
+	for i := range halves {
+		r.choose("node_in", opening(lb.UDP, from(f, i), f.vip))
+	}
+	var orders [2][]lbmaps.Tuple // one begins where the other ends
+	all := map[lbmaps.Tuple]lbmaps.Flow{}
+	r.must(r.maps.EachHalf(lbmaps.Pending, func(k lbmaps.Tuple, half lbmaps.Flow) bool {
+		if half.Role == lbmaps.RoleForward {
+			all[k] = half
+			orders[0] = append(orders[0], k)
+		}
+		return true
+	}))
+	orders[1] = slices.Clone(orders[0])
+	slices.Reverse(orders[1])
+	pending := r.maps.All()["pending"]
+	var sweepers, ready sync.WaitGroup
+	var begin [2]chan struct{}
+	for cpu, keys := range orders {
+		begin[cpu] = make(chan struct{})
+		sweepers.Go(func() {
+			onCPU(t, cpu)
+			for range begin[cpu] {
+				if _, err := r.loader.Sweep(lbmaps.Pending, keys); err != nil {
+					t.Error(err)
+				}
+				ready.Done()
+			}
+		})
+	}
+	for n := range uint64(rounds) {
+		for k, half := range all {
+			half.Packets, half.Bytes = 5*(n+1), 700*(n+1)
+			half.CountedPackets, half.CountedBytes = 5*n, 700*n
+			r.must(pending.Put(k, half))
+		}
+		ready.Add(2)
+		for _, c := range begin {
+			c <- struct{}{}
+		}
+		ready.Wait()
+	}
+	for _, c := range begin {
+		close(c)
+	}
+	sweepers.Wait()
+	want := lbmaps.BackendStats{Flows: halves, PacketsIn: 5 * halves * rounds, BytesIn: 700 * halves * rounds}
+	r.wantStats("two sweepers", lbmaps.ServiceStats{Flows: want.Flows, PacketsIn: want.PacketsIn, BytesIn: want.BytesIn}, map[uint32]lbmaps.BackendStats{1: want})
 }
 
 // TestStatsBesideTraffic: two sweepers look while flows begin, are answered, copied and used: all packets are counted,
