@@ -4,7 +4,6 @@ package loader_test
 
 import (
 	"fmt"
-	"maps"
 	"net/netip"
 	"slices"
 	"sync"
@@ -15,16 +14,16 @@ import (
 
 	"github.com/lbagent/lbagent/internal/testenv"
 	"github.com/lbagent/lbagent/lb"
-	lbmaps "github.com/lbagent/lbagent/maps"
+	"github.com/lbagent/lbagent/maps"
 )
 
-const bothScopes = lbmaps.BackendCluster | lbmaps.BackendLocal
+const bothScopes = maps.BackendCluster | maps.BackendLocal
 
 // front leads an address and port to a service, for TCP and UDP, as a frontend of a kind.
 func (r *rig) front(at netip.AddrPort, service uint32, kind lb.Kind) {
 	r.t.Helper()
 	for _, p := range []lb.Protocol{lb.TCP, lb.UDP} {
-		r.must(r.maps.SetFrontend(lbmaps.KeyOf(lb.VIP{Addr: at.Addr(), Port: at.Port(), Protocol: p}), lbmaps.FrontendOf(service, kind)))
+		r.must(r.maps.SetFrontend(maps.KeyOf(lb.VIP{Addr: at.Addr(), Port: at.Port(), Protocol: p}), maps.FrontendOf(service, kind)))
 	}
 }
 
@@ -33,19 +32,19 @@ func (r *rig) local(service uint32, ids ...uint32) {
 	r.t.Helper()
 	first := service*64 + 32
 	r.must(r.maps.SetSlots(first, ids))
-	r.must(r.maps.SetServiceLocal(service, lbmaps.SlotRange{First: first, Count: uint32(len(ids))}))
+	r.must(r.maps.SetServiceLocal(service, maps.SlotRange{First: first, Count: uint32(len(ids))}))
 }
 
 func (r *rig) policy(service uint32, flags uint32, affinity time.Duration) {
 	r.t.Helper()
-	r.must(r.maps.SetServicePolicy(service, lbmaps.Policy{Flags: flags, AffinityTimeoutS: uint32(affinity / time.Second)}))
+	r.must(r.maps.SetServicePolicy(service, maps.Policy{Flags: flags, AffinityTimeoutS: uint32(affinity / time.Second)}))
 }
 
 // usable writes a backend that new flows may choose in these scopes.
 func (r *rig) usable(id, service uint32, at netip.AddrPort, scopes uint8) {
 	r.t.Helper()
-	r.must(r.maps.SetBackend(id, lbmaps.BackendOf(service, lb.VIP{Addr: at.Addr(), Port: at.Port()},
-		lbmaps.BackendLife{Generation: 1, State: lbmaps.BackendActive, Flags: scopes})))
+	r.must(r.maps.SetBackend(id, maps.BackendOf(service, lb.VIP{Addr: at.Addr(), Port: at.Port()},
+		maps.BackendLife{Generation: 1, State: maps.BackendActive, Flags: scopes})))
 }
 
 // choose returns where a program sends a packet: a backend's address, or else the reason why it goes nowhere.
@@ -79,7 +78,7 @@ func nth(a netip.AddrPort, n int) netip.AddrPort {
 // TestScope: which endpoints a packet may go to, by the kind of its frontend, the program that sees it, the policies
 // and where there are endpoints.
 func TestScope(t *testing.T) {
-	const internal, external = lbmaps.InternalLocal, lbmaps.ExternalLocal
+	const internal, external = maps.InternalLocal, maps.ExternalLocal
 	everywhere := []string{"pod_in", "port_in", "node_in"}
 	// Where a policy makes it the scope Local; everywhere else it is Cluster.
 	local := map[lb.Kind]map[uint32][]string{
@@ -91,7 +90,7 @@ func TestScope(t *testing.T) {
 	}
 	for _, f := range families {
 		r := newRig(t)
-		r.usable(1, 1, f.backend, lbmaps.BackendCluster)
+		r.usable(1, 1, f.backend, maps.BackendCluster)
 		r.usable(2, 1, f.backend2, bothScopes)
 		for kind, policies := range local {
 			r.front(f.vip, 1, kind)
@@ -132,11 +131,11 @@ func TestScope(t *testing.T) {
 func TestScopeOfCable(t *testing.T) {
 	for _, f := range families {
 		r := newPort(t)
-		r.usable(1, 1, f.backend, lbmaps.BackendCluster)
+		r.usable(1, 1, f.backend, maps.BackendCluster)
 		r.usable(2, 1, f.backend2, bothScopes)
 		r.slots(1, 1)
 		r.local(1, 2)
-		r.policy(1, lbmaps.ExternalLocal, 0)
+		r.policy(1, maps.ExternalLocal, 0)
 		r.front(f.vip, 1, lb.NodePort)
 		p := sentTo(bridgeMAC, opening(lb.TCP, f.client, f.vip))
 		if got := r.choose("port_in", p); got != f.backend.String() {
@@ -155,7 +154,7 @@ func TestPolicyMovesNoFlow(t *testing.T) {
 	for _, f := range families {
 		for _, p := range []lb.Protocol{lb.TCP, lb.UDP} {
 			r := newRig(t)
-			r.usable(1, 1, f.backend, lbmaps.BackendCluster)
+			r.usable(1, 1, f.backend, maps.BackendCluster)
 			r.usable(2, 1, f.backend2, bothScopes)
 			r.slots(1, 1)
 			r.front(f.vip, 1, lb.LoadBalancer)
@@ -164,10 +163,10 @@ func TestPolicyMovesNoFlow(t *testing.T) {
 				t.Fatal(got)
 			}
 			r.local(1, 2)
-			r.policy(1, lbmaps.ExternalLocal|lbmaps.HasSourceRanges, time.Hour)
+			r.policy(1, maps.ExternalLocal|maps.HasSourceRanges, time.Hour)
 			for _, generation := range []uint32{1, 2} { // something else makes it look again
-				r.must(r.maps.SetBackendLife(1, lbmaps.BackendLife{
-					Generation: generation, State: lbmaps.BackendActive, Flags: lbmaps.BackendCluster, Port: f.backend.Port()}))
+				r.must(r.maps.SetBackendLife(1, maps.BackendLife{
+					Generation: generation, State: maps.BackendActive, Flags: maps.BackendCluster, Port: f.backend.Port()}))
 				if got := r.choose("node_in", first); got != f.backend.String() {
 					t.Errorf("%s %s, generation %d: moved to %s", f.name, p, generation, got)
 				}
@@ -193,22 +192,22 @@ func TestSourceRanges(t *testing.T) {
 		denied bool
 	}{
 		{"no ranges", 0, lb.LoadBalancer, nil, false},
-		{"none of this family is let in", lbmaps.HasSourceRanges, lb.LoadBalancer, nil, true},
-		{"the client's network", lbmaps.HasSourceRanges, lb.LoadBalancer,
+		{"none of this family is let in", maps.HasSourceRanges, lb.LoadBalancer, nil, true},
+		{"the client's network", maps.HasSourceRanges, lb.LoadBalancer,
 			map[string][]allow{"v4": {{1, "192.0.2.0/24"}}, "v6": {{1, "2001:db8::/64"}}}, false},
-		{"the client alone", lbmaps.HasSourceRanges, lb.LoadBalancer,
+		{"the client alone", maps.HasSourceRanges, lb.LoadBalancer,
 			map[string][]allow{"v4": {{1, "192.0.2.7/32"}}, "v6": {{1, "2001:db8::7/128"}}}, false},
-		{"its neighbour", lbmaps.HasSourceRanges, lb.LoadBalancer,
+		{"its neighbour", maps.HasSourceRanges, lb.LoadBalancer,
 			map[string][]allow{"v4": {{1, "192.0.2.6/32"}}, "v6": {{1, "2001:db8::6/128"}}}, true},
-		{"everybody, and a network within", lbmaps.HasSourceRanges, lb.LoadBalancer,
+		{"everybody, and a network within", maps.HasSourceRanges, lb.LoadBalancer,
 			map[string][]allow{"v4": {{1, "0.0.0.0/0"}, {1, "192.0.2.0/30"}}, "v6": {{1, "::/0"}, {1, "2001:db8::/126"}}}, false},
-		{"the other family", lbmaps.HasSourceRanges, lb.LoadBalancer,
+		{"the other family", maps.HasSourceRanges, lb.LoadBalancer,
 			map[string][]allow{"v4": {{1, "2001:db8::/32"}}, "v6": {{1, "0.0.0.0/0"}}}, true},
-		{"another service's", lbmaps.HasSourceRanges, lb.LoadBalancer,
+		{"another service's", maps.HasSourceRanges, lb.LoadBalancer,
 			map[string][]allow{"v4": {{2, "192.0.2.0/24"}}, "v6": {{2, "2001:db8::/64"}}}, true},
-		{"a NodePort", lbmaps.HasSourceRanges, lb.NodePort, nil, false},
-		{"an external address", lbmaps.HasSourceRanges, lb.External, nil, false},
-		{"a ClusterIP", lbmaps.HasSourceRanges, lb.ClusterIP, nil, false},
+		{"a NodePort", maps.HasSourceRanges, lb.NodePort, nil, false},
+		{"an external address", maps.HasSourceRanges, lb.External, nil, false},
+		{"a ClusterIP", maps.HasSourceRanges, lb.ClusterIP, nil, false},
 		{"ranges that are not in force", 0, lb.LoadBalancer,
 			map[string][]allow{"v4": {{1, "198.51.100.0/24"}}, "v6": {{1, "2001:db8:9::/48"}}}, false},
 	} {
@@ -258,7 +257,7 @@ func TestSourceRangesLive(t *testing.T) {
 		if got := r.choose("node_in", udp); got != f.backend.String() {
 			t.Fatal(got)
 		}
-		r.policy(1, lbmaps.HasSourceRanges, 0)
+		r.policy(1, maps.HasSourceRanges, 0)
 		c.send(testenv.ACK, "forward")
 		if got := r.choose("node_in", udp); got != f.backend.String() {
 			t.Errorf("%s: a UDP flow goes to %s", f.name, got)
@@ -271,7 +270,7 @@ func TestSourceRangesLive(t *testing.T) {
 		}
 		r.usable(2, 1, f.backend2, bothScopes)
 		r.slots(1, 2)
-		r.must(r.maps.SetBackendLife(1, lbmaps.BackendLife{Generation: 2, State: lbmaps.BackendRemoved, Port: f.backend.Port()}))
+		r.must(r.maps.SetBackendLife(1, maps.BackendLife{Generation: 2, State: maps.BackendRemoved, Port: f.backend.Port()}))
 		if got := r.choose("node_in", udp); got != "source_denied" {
 			t.Errorf("%s: a UDP flow without its backend goes to %s", f.name, got)
 		}
@@ -279,10 +278,10 @@ func TestSourceRangesLive(t *testing.T) {
 }
 
 // clients of services with session affinity, as they are remembered.
-func (r *rig) remembered() map[lbmaps.AffinityKey]lbmaps.Affinity {
+func (r *rig) remembered() map[maps.AffinityKey]maps.Affinity {
 	r.t.Helper()
-	all := map[lbmaps.AffinityKey]lbmaps.Affinity{}
-	r.must(r.maps.EachAffinity(func(k lbmaps.AffinityKey, a lbmaps.Affinity) bool {
+	all := map[maps.AffinityKey]maps.Affinity{}
+	r.must(r.maps.EachAffinity(func(k maps.AffinityKey, a maps.Affinity) bool {
 		all[k] = a
 		return true
 	}))
@@ -290,7 +289,7 @@ func (r *rig) remembered() map[lbmaps.AffinityKey]lbmaps.Affinity {
 }
 
 // remember replaces what is remembered of every client.
-func (r *rig) remember(change func(*lbmaps.Affinity)) {
+func (r *rig) remember(change func(*maps.Affinity)) {
 	r.t.Helper()
 	for k, a := range r.remembered() {
 		change(&a)
@@ -356,7 +355,7 @@ func TestAffinity(t *testing.T) {
 				}
 			}
 			if len(count) != 4 {
-				t.Errorf("%s: clients at %v alone", f.name, slices.Collect(maps.Keys(count)))
+				t.Errorf("%s: clients at %v alone", f.name, count)
 			}
 			if n := len(r.remembered()); !forgets && n != clients {
 				t.Errorf("%s: %d clients are remembered, want %d", f.name, n, clients)
@@ -389,13 +388,13 @@ func TestAffinityOfServices(t *testing.T) {
 // be used; else another is chosen and remembered.
 func TestAffinityRecord(t *testing.T) {
 	for _, f := range families {
-		life := func(state lbmaps.BackendState, scopes uint8) func(*rig) {
+		life := func(state maps.BackendState, scopes uint8) func(*rig) {
 			return func(r *rig) {
-				r.must(r.maps.SetBackendLife(1, lbmaps.BackendLife{Generation: 2, State: state, Flags: scopes, Port: f.backend.Port()}))
+				r.must(r.maps.SetBackendLife(1, maps.BackendLife{Generation: 2, State: state, Flags: scopes, Port: f.backend.Port()}))
 			}
 		}
 		older := func(by time.Duration) func(*rig) {
-			return func(r *rig) { r.remember(func(a *lbmaps.Affinity) { a.LastUsedNs -= uint64(by) }) }
+			return func(r *rig) { r.remember(func(a *maps.Affinity) { a.LastUsedNs -= uint64(by) }) }
 		}
 		for _, c := range []struct {
 			name   string
@@ -403,17 +402,17 @@ func TestAffinityRecord(t *testing.T) {
 			stays  bool
 		}{
 			{"nothing", func(*rig) {}, true},
-			{"weight 0", life(lbmaps.BackendActive, bothScopes), true}, // no slot, but usable
-			{"another generation", life(lbmaps.BackendActive, lbmaps.BackendCluster), true},
-			{"drains", life(lbmaps.BackendDraining, 0), false},
-			{"drains, scopes not yet taken", life(lbmaps.BackendDraining, bothScopes), false},
-			{"removed", life(lbmaps.BackendRemoved, 0), false},
-			{"not usable in this scope", life(lbmaps.BackendActive, lbmaps.BackendLocal), false},
+			{"weight 0", life(maps.BackendActive, bothScopes), true}, // no slot, but usable
+			{"another generation", life(maps.BackendActive, maps.BackendCluster), true},
+			{"drains", life(maps.BackendDraining, 0), false},
+			{"drains, scopes not yet taken", life(maps.BackendDraining, bothScopes), false},
+			{"removed", life(maps.BackendRemoved, 0), false},
+			{"not usable in this scope", life(maps.BackendActive, maps.BackendLocal), false},
 			{"id of another service", func(r *rig) { r.usable(1, 7, f.backend, bothScopes) }, false},
 			{"id of another address", func(r *rig) { r.usable(1, 1, nth(f.backend, 9), bothScopes) }, false},
 			{"id of another port", func(r *rig) { r.usable(1, 1, netip.AddrPortFrom(f.backend.Addr(), 9), bothScopes) }, false},
-			{"record of another address", func(r *rig) { r.remember(func(a *lbmaps.Affinity) { a.Address[15]++ }) }, false},
-			{"record of no backend", func(r *rig) { r.remember(func(a *lbmaps.Affinity) { a.Backend = 1 << 30 }) }, false},
+			{"record of another address", func(r *rig) { r.remember(func(a *maps.Affinity) { a.Address[15]++ }) }, false},
+			{"record of no backend", func(r *rig) { r.remember(func(a *maps.Affinity) { a.Backend = 1 << 30 }) }, false},
 			{"almost too old", older(affinityTimeout - time.Second), true},
 			{"too old", older(affinityTimeout), false},
 			{"from the future", older(-time.Second), true}, // another CPU's clock
@@ -432,7 +431,7 @@ func TestAffinityRecord(t *testing.T) {
 				if !c.stays {
 					want, id = nth(f.backend, 1).String(), 2
 				}
-				now, err := lbmaps.Now()
+				now, err := maps.Now()
 				r.must(err)
 				for i := range 2 {
 					if got := r.choose("node_in", opening(lb.UDP, from(f, 1+i), f.other)); got != want {
@@ -440,7 +439,7 @@ func TestAffinityRecord(t *testing.T) {
 					}
 				}
 				all := r.remembered()
-				key := lbmaps.AffinityKey{Service: 1, Client: f.client.Addr().As16()}
+				key := maps.AffinityKey{Service: 1, Client: f.client.Addr().As16()}
 				got := all[key]
 				if len(all) != 1 || got.Backend != id || netip.AddrPortFrom(netip.AddrFrom16(got.Address).Unmap(), got.Port).String() != want || got.LastUsedNs < now {
 					t.Errorf("remembered: %+v, want backend %d, used at %d or after", all, id, now)
@@ -455,12 +454,12 @@ func TestAffinityRecord(t *testing.T) {
 func TestAffinityAndScope(t *testing.T) {
 	for _, f := range families {
 		r := newRig(t)
-		r.usable(1, 1, f.backend, lbmaps.BackendCluster)
+		r.usable(1, 1, f.backend, maps.BackendCluster)
 		r.usable(2, 1, f.backend2, bothScopes)
 		r.slots(1, 1)
 		r.local(1, 2)
 		r.front(f.vip, 1, lb.LoadBalancer)
-		r.policy(1, lbmaps.ExternalLocal, affinityTimeout)
+		r.policy(1, maps.ExternalLocal, affinityTimeout)
 		for i, c := range []struct {
 			program string
 			want    netip.AddrPort
@@ -471,7 +470,7 @@ func TestAffinityAndScope(t *testing.T) {
 		}
 		r.clearFlows()
 		r.local(1)
-		r.usable(2, 1, f.backend2, lbmaps.BackendCluster)
+		r.usable(2, 1, f.backend2, maps.BackendCluster)
 		if got := r.choose("node_in", opening(lb.TCP, from(f, 0), f.vip)); got != "no_local_backend" {
 			t.Errorf("%s: without a local endpoint: %s", f.name, got)
 		}
@@ -529,7 +528,7 @@ func TestAffinityBeginsAnew(t *testing.T) {
 		if got := r.choose("node_in", udp); got != f.backend.String() {
 			t.Errorf("%s: UDP goes to %s", f.name, got)
 		}
-		r.must(r.maps.SetBackendLife(1, lbmaps.BackendLife{Generation: 2, State: lbmaps.BackendRemoved, Port: f.backend.Port()}))
+		r.must(r.maps.SetBackendLife(1, maps.BackendLife{Generation: 2, State: maps.BackendRemoved, Port: f.backend.Port()}))
 		for _, p := range []testenv.Packet{udp, opening(lb.UDP, from(f, 1), f.vip)} {
 			if got := r.choose("node_in", p); got != nth(f.backend, 1).String() {
 				t.Errorf("%s: without its backend UDP goes to %s", f.name, got)
@@ -576,7 +575,7 @@ func TestServicePrefixes(t *testing.T) {
 		host := netip.PrefixFrom(f.vip.Addr(), f.vip.Addr().BitLen())
 		far := netip.PrefixFrom(f.backend.Addr(), f.backend.Addr().BitLen()-8)
 		var all []netip.Prefix // as many as there may be, ours the last
-		for i := range lbmaps.MaxServicePrefixes - 1 {
+		for i := range maps.MaxServicePrefixes - 1 {
 			all = append(all, netip.PrefixFrom(nth(f.other, i).Addr(), f.other.Addr().BitLen()))
 		}
 		all = append(all, here)
@@ -588,18 +587,18 @@ func TestServicePrefixes(t *testing.T) {
 			reason    string
 		}{
 			{"no prefixes", nil, false, noEntry, "no_service"},
-			{"no prefixes, a ClusterIP of which nobody said", nil, false, lbmaps.AddressClusterIP, "no_service"},
-			{"a ClusterIP in a prefix", []netip.Prefix{far, here}, false, lbmaps.AddressClusterIP | lbmaps.AddressEcho, "wrong_port"},
-			{"a ClusterIP in the last prefix", all, false, lbmaps.AddressClusterIP, "wrong_port"},
-			{"a ClusterIP elsewhere", []netip.Prefix{far}, true, lbmaps.AddressClusterIP, "wrong_port"},
-			{"a ClusterIP elsewhere, no prefixes", nil, true, lbmaps.AddressClusterIP, "wrong_port"},
+			{"no prefixes, a ClusterIP of which nobody said", nil, false, maps.AddressClusterIP, "no_service"},
+			{"a ClusterIP in a prefix", []netip.Prefix{far, here}, false, maps.AddressClusterIP | maps.AddressEcho, "wrong_port"},
+			{"a ClusterIP in the last prefix", all, false, maps.AddressClusterIP, "wrong_port"},
+			{"a ClusterIP elsewhere", []netip.Prefix{far}, true, maps.AddressClusterIP, "wrong_port"},
+			{"a ClusterIP elsewhere, no prefixes", nil, true, maps.AddressClusterIP, "wrong_port"},
 			{"unassigned", []netip.Prefix{far, here}, false, noEntry, "unassigned"},
 			{"unassigned, a prefix of one address", []netip.Prefix{host}, false, noEntry, "unassigned"},
 			{"unassigned, ClusterIPs elsewhere too", []netip.Prefix{here}, true, noEntry, "unassigned"},
 			{"outside", []netip.Prefix{far}, false, noEntry, "no_service"},
 			{"outside, ClusterIPs elsewhere", []netip.Prefix{far}, true, noEntry, "no_service"},
-			{"a load balancer's address", []netip.Prefix{far}, true, lbmaps.AddressEcho, "no_service"},
-			{"a load balancer's address in a prefix", []netip.Prefix{here}, false, lbmaps.AddressEcho, "no_service"},
+			{"a load balancer's address", []netip.Prefix{far}, true, maps.AddressEcho, "no_service"},
+			{"a load balancer's address in a prefix", []netip.Prefix{here}, false, maps.AddressEcho, "no_service"},
 			{"another proxy's VIP in a prefix", []netip.Prefix{here}, true, 0, "no_service"},
 		} {
 			for _, p := range []lb.Protocol{lb.TCP, lb.UDP} {
@@ -660,10 +659,10 @@ func TestFlowsBeforePrefixes(t *testing.T) {
 		r.expect("pod_in", stranger, drop, "unassigned", nil)
 		// The Service goes: its connections go on, its datagrams follow the new state.
 		for _, p := range []lb.Protocol{lb.TCP, lb.UDP} {
-			r.must(r.maps.DeleteFrontend(lbmaps.KeyOf(lb.VIP{Addr: f.vip.Addr(), Port: f.vip.Port(), Protocol: p})))
+			r.must(r.maps.DeleteFrontend(maps.KeyOf(lb.VIP{Addr: f.vip.Addr(), Port: f.vip.Port(), Protocol: p})))
 		}
-		r.must(r.maps.DeleteFrontend(lbmaps.KeyOf(lb.VIP{Addr: f.vip.Addr()})))
-		r.must(r.maps.SetBackendLife(1, lbmaps.BackendLife{Generation: 2, State: lbmaps.BackendRemoved, Port: f.backend.Port()}))
+		r.must(r.maps.DeleteFrontend(maps.KeyOf(lb.VIP{Addr: f.vip.Addr()})))
+		r.must(r.maps.SetBackendLife(1, maps.BackendLife{Generation: 2, State: maps.BackendRemoved, Port: f.backend.Port()}))
 		c.send(testenv.ACK, "forward")
 		r.expect("node_in", udp.Bytes(), drop, "unassigned", nil)
 	}
@@ -672,21 +671,21 @@ func TestFlowsBeforePrefixes(t *testing.T) {
 // sweepAll hands every entry of both tables to the sweeper.
 func (r *rig) sweepAll() {
 	r.t.Helper()
-	for _, in := range []lbmaps.Table{lbmaps.Pending, lbmaps.Flows} {
+	for _, in := range []maps.Table{maps.Pending, maps.Flows} {
 		_, err := r.loader.Sweep(in, r.keys(in))
 		r.must(err)
 	}
 }
 
 // wantStats compares the statistics of service 1 and of backends, by id.
-func (r *rig) wantStats(when string, service lbmaps.ServiceStats, backends map[uint32]lbmaps.BackendStats) {
+func (r *rig) wantStats(when string, service maps.ServiceStats, backends map[uint32]maps.BackendStats) {
 	r.t.Helper()
 	if diff := cmp.Diff(service, r.maps.ServiceStats(1)); diff != "" {
 		r.t.Errorf("%s: service (-want +got)\n%s", when, diff)
 	}
-	got := map[uint32]lbmaps.BackendStats{}
+	got := map[uint32]maps.BackendStats{}
 	for id := range r.maps.Sizes().Backends {
-		if s := r.maps.BackendStats(id); s != (lbmaps.BackendStats{}) {
+		if s := r.maps.BackendStats(id); s != (maps.BackendStats{}) {
 			got[id] = s
 		}
 	}
@@ -699,20 +698,20 @@ func (r *rig) wantStats(when string, service lbmaps.ServiceStats, backends map[u
 func TestStatsOfRefusals(t *testing.T) {
 	f := families[0]
 	r := newRig(t)
-	r.usable(1, 1, f.backend, lbmaps.BackendCluster)
+	r.usable(1, 1, f.backend, maps.BackendCluster)
 	r.front(f.vip, 1, lb.LoadBalancer)
 	p := opening(lb.TCP, f.client, f.vip)
 	r.choose("node_in", p)
 	r.slots(1, 1)
-	r.policy(1, lbmaps.ExternalLocal, 0)
+	r.policy(1, maps.ExternalLocal, 0)
 	r.choose("node_in", p)
 	r.choose("node_in", p)
-	r.policy(1, lbmaps.ExternalLocal|lbmaps.HasSourceRanges, 0)
+	r.policy(1, maps.ExternalLocal|maps.HasSourceRanges, 0)
 	for range 3 {
 		r.choose("pod_in", p)
 	}
 	r.choose("pod_in", with(p, func(p *testenv.Packet) { p.TCPFlags = testenv.RST })) // of no flow, and of no interest
-	r.wantStats("refused", lbmaps.ServiceStats{NoBackend: 1, NoLocalBackend: 2, SourceDenied: 3}, map[uint32]lbmaps.BackendStats{})
+	r.wantStats("refused", maps.ServiceStats{NoBackend: 1, NoLocalBackend: 2, SourceDenied: 3}, map[uint32]maps.BackendStats{})
 }
 
 // TestStats: flows are counted as they begin, packets and bytes by the sweeper: each once, in whichever table, however
@@ -727,7 +726,7 @@ func TestStats(t *testing.T) {
 			r.front(f.vip, 1, lb.ClusterIP)
 			up := opening(lb.UDP, f.client, f.vip).Bytes()
 			down := testenv.DatagramUDP(f.backend, f.client, "an answer").Bytes()
-			var want lbmaps.BackendStats
+			var want maps.BackendStats
 			step := func() {
 				if sweepsBetween {
 					r.sweepAll()
@@ -757,11 +756,11 @@ func TestStats(t *testing.T) {
 				t.Helper()
 				for range 2 {
 					r.sweepAll()
-					r.wantStats(f.name+", "+when, lbmaps.ServiceStats{Flows: want.Flows, PacketsIn: want.PacketsIn, BytesIn: want.BytesIn,
-						PacketsOut: want.PacketsOut, BytesOut: want.BytesOut}, map[uint32]lbmaps.BackendStats{1: want})
+					r.wantStats(f.name+", "+when, maps.ServiceStats{Flows: want.Flows, PacketsIn: want.PacketsIn, BytesIn: want.BytesIn,
+						PacketsOut: want.PacketsOut, BytesOut: want.BytesOut}, map[uint32]maps.BackendStats{1: want})
 				}
 			}
-			r.wantStats("at first", lbmaps.ServiceStats{}, map[uint32]lbmaps.BackendStats{})
+			r.wantStats("at first", maps.ServiceStats{}, map[uint32]maps.BackendStats{})
 			send("new_flow")
 			send("forward")
 			check("pending")
@@ -780,7 +779,7 @@ func TestStats(t *testing.T) {
 			r.age(time.Hour)
 			step()
 			check("expired")
-			if n := len(r.keys(lbmaps.Flows)) + len(r.keys(lbmaps.Pending)); n != 0 {
+			if n := len(r.keys(maps.Flows)) + len(r.keys(maps.Pending)); n != 0 {
 				t.Errorf("%s: %d entries are left", f.name, n)
 			}
 
@@ -801,16 +800,16 @@ func TestStats(t *testing.T) {
 			send("forward")
 			send("forward")
 			r.slots(1, 2)
-			r.must(r.maps.SetBackendLife(1, lbmaps.BackendLife{Generation: 2, State: lbmaps.BackendRemoved, Port: f.backend.Port()}))
+			r.must(r.maps.SetBackendLife(1, maps.BackendLife{Generation: 2, State: maps.BackendRemoved, Port: f.backend.Port()}))
 			if got := r.run("node_in", up); got.Reason != "new_flow" {
 				t.Error(got.Reason)
 			}
 			answer()
 			r.sweepAll()
-			second := lbmaps.BackendStats{Flows: 1, PacketsIn: 1, BytesIn: uint64(len(up) - 14)}
-			total := lbmaps.ServiceStats{Flows: want.Flows + 1, PacketsIn: want.PacketsIn + 1, BytesIn: want.BytesIn + second.BytesIn,
+			second := maps.BackendStats{Flows: 1, PacketsIn: 1, BytesIn: uint64(len(up) - 14)}
+			total := maps.ServiceStats{Flows: want.Flows + 1, PacketsIn: want.PacketsIn + 1, BytesIn: want.BytesIn + second.BytesIn,
 				PacketsOut: want.PacketsOut, BytesOut: want.BytesOut}
-			r.wantStats(f.name+", moved", total, map[uint32]lbmaps.BackendStats{1: want, 2: second})
+			r.wantStats(f.name+", moved", total, map[uint32]maps.BackendStats{1: want, 2: second})
 		}
 	}
 }
@@ -829,7 +828,7 @@ func TestStatsOfReturned(t *testing.T) {
 		c.answer(testenv.FIN | testenv.ACK)
 		r.usable(2, 1, f.backend, bothScopes)
 		r.slots(1, 2)
-		r.must(r.maps.SetBackendLife(1, lbmaps.BackendLife{Generation: 2, State: lbmaps.BackendRemoved, Port: f.backend.Port()}))
+		r.must(r.maps.SetBackendLife(1, maps.BackendLife{Generation: 2, State: maps.BackendRemoved, Port: f.backend.Port()}))
 		c.up += 100_000
 		c.send(testenv.SYN, "new_flow")
 		r.sweepAll()
@@ -851,7 +850,7 @@ func TestStatsOfDirect(t *testing.T) {
 		r.run("node_in", p)
 	}
 	r.sweepAll()
-	r.wantStats("direct", lbmaps.ServiceStats{}, map[uint32]lbmaps.BackendStats{})
+	r.wantStats("direct", maps.ServiceStats{}, map[uint32]maps.BackendStats{})
 	// By another port, as a flow of the service has its own.
 	r.clearFlows()
 	toVIP := opening(lb.UDP, f.client, f.vip).Bytes()
@@ -862,9 +861,9 @@ func TestStatsOfDirect(t *testing.T) {
 		t.Error(got.Reason)
 	}
 	r.sweepAll()
-	one := lbmaps.BackendStats{Flows: 1, PacketsIn: 1, BytesIn: uint64(len(toVIP) - 14)}
-	r.wantStats("remapped", lbmaps.ServiceStats{Flows: 1, PacketsIn: 1, BytesIn: one.BytesIn}, map[uint32]lbmaps.BackendStats{1: one})
-	if s := r.maps.ServiceStats(0); s != (lbmaps.ServiceStats{}) {
+	one := maps.BackendStats{Flows: 1, PacketsIn: 1, BytesIn: uint64(len(toVIP) - 14)}
+	r.wantStats("remapped", maps.ServiceStats{Flows: 1, PacketsIn: 1, BytesIn: one.BytesIn}, map[uint32]maps.BackendStats{1: one})
+	if s := r.maps.ServiceStats(0); s != (maps.ServiceStats{}) {
 		t.Errorf("no service has %+v", s)
 	}
 }
@@ -880,10 +879,10 @@ func TestStatsOfTwoSweepers(t *testing.T) {
 	for i := range halves {
 		r.choose("node_in", opening(lb.UDP, from(f, i), f.vip))
 	}
-	var orders [2][]lbmaps.Tuple // one begins where the other ends
-	all := map[lbmaps.Tuple]lbmaps.Flow{}
-	r.must(r.maps.EachHalf(lbmaps.Pending, func(k lbmaps.Tuple, half lbmaps.Flow) bool {
-		if half.Role == lbmaps.RoleForward {
+	var orders [2][]maps.Tuple // one begins where the other ends
+	all := map[maps.Tuple]maps.Flow{}
+	r.must(r.maps.EachHalf(maps.Pending, func(k maps.Tuple, half maps.Flow) bool {
+		if half.Role == maps.RoleForward {
 			all[k] = half
 			orders[0] = append(orders[0], k)
 		}
@@ -899,7 +898,7 @@ func TestStatsOfTwoSweepers(t *testing.T) {
 		sweepers.Go(func() {
 			onCPU(t, cpu)
 			for range begin[cpu] {
-				if _, err := r.loader.Sweep(lbmaps.Pending, keys); err != nil {
+				if _, err := r.loader.Sweep(maps.Pending, keys); err != nil {
 					t.Error(err)
 				}
 				ready.Done()
@@ -922,8 +921,8 @@ func TestStatsOfTwoSweepers(t *testing.T) {
 		close(c)
 	}
 	sweepers.Wait()
-	want := lbmaps.BackendStats{Flows: halves, PacketsIn: 5 * halves * rounds, BytesIn: 700 * halves * rounds}
-	r.wantStats("two sweepers", lbmaps.ServiceStats{Flows: want.Flows, PacketsIn: want.PacketsIn, BytesIn: want.BytesIn}, map[uint32]lbmaps.BackendStats{1: want})
+	want := maps.BackendStats{Flows: halves, PacketsIn: 5 * halves * rounds, BytesIn: 700 * halves * rounds}
+	r.wantStats("two sweepers", maps.ServiceStats{Flows: want.Flows, PacketsIn: want.PacketsIn, BytesIn: want.BytesIn}, map[uint32]maps.BackendStats{1: want})
 }
 
 // TestStatsBesideTraffic: two sweepers look while flows begin, are answered, copied and used: all packets are counted,
@@ -945,9 +944,9 @@ func TestStatsBesideTraffic(t *testing.T) {
 					return
 				default:
 				}
-				for _, in := range []lbmaps.Table{lbmaps.Pending, lbmaps.Flows} {
-					var keys []lbmaps.Tuple
-					err := r.maps.EachHalf(in, func(k lbmaps.Tuple, _ lbmaps.Flow) bool {
+				for _, in := range []maps.Table{maps.Pending, maps.Flows} {
+					var keys []maps.Tuple
+					err := r.maps.EachHalf(in, func(k maps.Tuple, _ maps.Flow) bool {
 						keys = append(keys, k)
 						return true
 					})
@@ -962,7 +961,7 @@ func TestStatsBesideTraffic(t *testing.T) {
 			}
 		})
 	}
-	var want lbmaps.BackendStats
+	var want maps.BackendStats
 	busy := 0
 	const clients, rounds = 40, 60
 	for range rounds {
@@ -984,8 +983,8 @@ func TestStatsBesideTraffic(t *testing.T) {
 	sweepers.Wait()
 	r.sweepAll()
 	want.Flows = clients
-	r.wantStats("beside traffic", lbmaps.ServiceStats{Flows: want.Flows, PacketsIn: want.PacketsIn, BytesIn: want.BytesIn,
-		PacketsOut: want.PacketsOut, BytesOut: want.BytesOut}, map[uint32]lbmaps.BackendStats{1: want})
+	r.wantStats("beside traffic", maps.ServiceStats{Flows: want.Flows, PacketsIn: want.PacketsIn, BytesIn: want.BytesIn,
+		PacketsOut: want.PacketsOut, BytesOut: want.BytesOut}, map[uint32]maps.BackendStats{1: want})
 	if busy > rounds*clients/100 {
 		t.Errorf("%d packets met a held lock", busy)
 	}
