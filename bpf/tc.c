@@ -44,8 +44,8 @@ static __always_inline int ingress_refuse(ctx_t *ctx, struct pkt *pkt, enum reas
 	return verdict(REASON_VIP_MALFORMED, VERDICT_DROP);
 }
 
-/* ingress_stranger is the exit of a packet that has a port and leads nowhere, for what address_judge says. A
- * frame for another host is that host's. */
+/* ingress_stranger is the exit of a packet whose port is no frontend's, by what address_judge says of its
+ * address. */
 static __always_inline int ingress_stranger(ctx_t *ctx, struct pkt *pkt, enum reason reason)
 {
 	if (reason == REASON_NO_SERVICE)
