@@ -32,6 +32,10 @@ type Reconciler struct {
 	hold    bool                        // keep what was restored and is not confirmed
 	resumed bool                        // there may be such
 
+	foreign       map[netip.Addr]struct{} // VIPs of another proxy
+	hostAddresses map[netip.Addr]struct{}
+	prefixes      []netip.Prefix // where ClusterIPs are
+
 	// What the maps say.
 	services   map[lb.ServiceName]*service
 	frontends  map[lb.VIP]frontend // all keys of the map, ADDRESS entries too
@@ -171,6 +175,46 @@ func (r *Reconciler) confirm(vip lb.VIP) {
 	f.kept = false
 	r.frontends[vip] = f
 	r.dirty[f.service.name] = struct{}{}
+}
+
+// SetForeign records which VIPs of another proxy's Services came (true) or went (false): what is sent there is
+// left alone.
+func (r *Reconciler) SetForeign(changed map[netip.Addr]bool) {
+	for addr, there := range changed {
+		if there {
+			r.foreign[addr] = struct{}{}
+		} else {
+			delete(r.foreign, addr)
+		}
+		r.addresses[addr] = struct{}{}
+	}
+}
+
+// SetHostAddresses records all addresses that this node has: what is sent to one of them, and not to a frontend
+// there, is left alone though it is a Service's address too.
+func (r *Reconciler) SetHostAddresses(all []netip.Addr) {
+	before := r.hostAddresses
+	r.hostAddresses = make(map[netip.Addr]struct{}, len(all))
+	for _, addr := range all {
+		r.hostAddresses[addr] = struct{}{}
+		if _, ok := before[addr]; !ok {
+			r.addresses[addr] = struct{}{}
+		}
+		delete(before, addr)
+	}
+	for addr := range before {
+		r.addresses[addr] = struct{}{}
+	}
+}
+
+// SetPrefixes records where ClusterIPs are. Until it is called, those of the agent before stay. It returns an
+// error, and changes nothing, if there are more than maps.MaxServicePrefixes.
+func (r *Reconciler) SetPrefixes(prefixes []netip.Prefix) error {
+	if len(prefixes) > maps.MaxServicePrefixes {
+		return fmt.Errorf("%d service prefixes are more than %d", len(prefixes), maps.MaxServicePrefixes)
+	}
+	r.prefixes = slices.Clone(prefixes)
+	return nil
 }
 
 // Hold(true) says that there are sources which could not read all of what they have since the agent started,

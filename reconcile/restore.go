@@ -28,6 +28,7 @@ func New(m *maps.Maps, log *slog.Logger) (*Reconciler, error) {
 		owners:  map[lb.VIP]lb.ServiceName{},
 		dirty:   map[lb.ServiceName]struct{}{},
 		resumed: true,
+		foreign: map[netip.Addr]struct{}{},
 
 		services:   map[lb.ServiceName]*service{},
 		frontends:  map[lb.VIP]frontend{},
