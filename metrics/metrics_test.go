@@ -231,8 +231,8 @@ func TestDocument(t *testing.T) {
 	}
 	section, _, _ = strings.Cut(section, "\n## ")
 	documented := map[string]string{}
-	for _, r := range regexp.MustCompile("(?m)^\\| `((?:lbagent|kubeproxy)_[a-z_]+)` \\| ([a-z]+) \\| ([^|]*) \\|").FindAllStringSubmatch(section, -1) {
-		documented[r[1]] = r[2] + " " + strings.ReplaceAll(r[3], "`", "")
+	for _, r := range regexp.MustCompile("(?m)^\\| `((?:lbagent|kubeproxy)_[a-z_]+)` \\| ([a-z]+) \\|([^|]*)\\|").FindAllStringSubmatch(section, -1) {
+		documented[r[1]] = strings.TrimSpace(r[2] + " " + strings.ReplaceAll(strings.TrimSpace(r[3]), "`", ""))
 	}
 	m := newMaps(t, maps.Sizes{Frontends: 4, Services: 4, Slots: 4, Backends: 4, Flows: 64})
 	setName(t, m, 1, lb.ServiceName{Namespace: "a", Name: "a", Port: "a", Protocol: lb.TCP, Family: lb.IPv4})
@@ -256,7 +256,7 @@ func TestDocument(t *testing.T) {
 		text := strings.Join(labels, ", ")
 		text = strings.ReplaceAll(text, strings.Join(backendLabels, ", "), "a backend's")
 		text = strings.ReplaceAll(text, strings.Join(serviceLabels, ", "), "a service's")
-		registered[f.GetName()] = strings.ToLower(f.GetType().String()) + " " + text
+		registered[f.GetName()] = strings.TrimSpace(strings.ToLower(f.GetType().String()) + " " + text)
 	}
 	if diff := cmp.Diff(registered, documented); diff != "" {
 		t.Errorf("docs/operations.md (-registered +document):\n%s", diff)
