@@ -333,6 +333,8 @@ func TestBegan(t *testing.T) {
 		w.expect("default/a")
 		w.services.set(service("a", 81))
 		w.expect("default/a")
+		w.slices.set(beganAt(slice("a-1", "a", "10.0.0.5"), "2030-01-02T03:04:10Z"))
+		w.expect("default/a began 03:04:10.000")
 		w.slices.remove("default/a-1")
 		w.expect("default/a")
 	})
