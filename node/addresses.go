@@ -31,10 +31,10 @@ func (a Address) own() bool {
 }
 
 // PodRoutes returns where the pods of this host are: the destinations, sorted, that are routed to a device of
-// a pod or to a bridge that pods hang on. A default route says nothing of where a pod is.
+// a pod or to a bridge that pods hang on. A default route says nothing of where a pod is. It is never nil.
 func PodRoutes(s Snapshot, cfg Config) []netip.Prefix {
 	c := classify(s, cfg)
-	var routes []netip.Prefix
+	routes := []netip.Prefix{}
 	for _, r := range s.Routes {
 		to := r.Destination
 		if (c.pod[r.Device] || c.podPorts[r.Device]) && to.Bits() > 0 && !to.Addr().IsLinkLocalUnicast() && !to.Addr().IsMulticast() {

@@ -57,7 +57,7 @@ func (g *rig) sweep(t testing.TB) {
 func (g *rig) wantDump(t testing.TB, desired map[lb.ServiceName]lb.Service) {
 	t.Helper()
 	g.sweep(t)
-	if diff := cmp.Diff(expected(desired), g.dump()); diff != "" {
+	if diff := cmp.Diff(g.expected(desired), g.dump()); diff != "" {
 		t.Errorf("the maps are not what is desired (-desired +maps):\n%s", diff)
 	}
 }
@@ -290,7 +290,7 @@ func TestDamagedMaps(t *testing.T) {
 	}
 	backend := func(service uint32, addr string, state maps.BackendState) maps.Backend {
 		a := netip.MustParseAddrPort(addr)
-		return maps.BackendOf(service, lb.VIP{Addr: a.Addr(), Port: a.Port(), Protocol: lb.TCP}, maps.BackendLife{Generation: 7, State: state})
+		return maps.BackendOf(service, lb.VIP{Addr: a.Addr(), Port: a.Port(), Protocol: lb.TCP}, maps.BackendLife{Generation: 7, State: state, Flags: maps.BackendCluster})
 	}
 	address := func(a string) maps.FrontendKey { return maps.KeyOf(addressVIP(netip.MustParseAddr(a))) }
 	for what, damage := range map[string]func(g *rig) error{
@@ -587,9 +587,9 @@ func heldOf(t *testing.T, g *rig) held {
 			h.frontends[vip] = name
 		}
 	}
-	for id, ids := range c.slots {
+	for of, ids := range c.slots {
 		for _, b := range ids {
-			h.chosen[c.names[id].String()+" "+c.backends[b].Addr().String()] = c.names[id]
+			h.chosen[c.names[of.service].String()+" "+c.backends[b].Addr().String()] = c.names[of.service]
 		}
 	}
 	return h
@@ -717,7 +717,8 @@ func TestStats(t *testing.T) {
 	g := testRig(t, small)
 	g.r.grace = maps.Grace
 	g.desire(mustParse(t, before))
-	if got, want := g.r.Stats(), (Stats{Pending: 3}); got != want {
+	// three services and the prefixes
+	if got, want := g.r.Stats(), (Stats{Pending: 4}); got != want {
 		t.Errorf("before Apply %+v, want %+v", got, want)
 	}
 	g.mustApply(t)
@@ -744,7 +745,7 @@ func TestNameTooLong(t *testing.T) {
 	if err == nil || !strings.Contains(err.Error(), "longer than 63 bytes") {
 		t.Errorf("error %v", err)
 	}
-	if diff := cmp.Diff(expected(mustParse(t, before)), g.dump()); diff != "" {
+	if diff := cmp.Diff(g.expected(mustParse(t, before)), g.dump()); diff != "" {
 		t.Errorf("the rest is not what is desired (-desired +maps):\n%s", diff)
 	}
 }

@@ -67,10 +67,11 @@ func (e *endpoint) share() uint16 {
 }
 
 // backends returns the endpoints of a service that are of use. The order of the slices and of what is in them
-// has no effect. Where it is known of no policy Local, where an endpoint is has none either.
-func backends(service lb.ServiceName, all []weighted, local bool, host *reader) []lb.Backend {
+// has no effect. Without local, for a service without a policy Local, none is Local, and it does not matter
+// which node they are on.
+func backends(service lb.ServiceName, endpointSlices []weighted, local bool, host *reader) []lb.Backend {
 	var list []lb.Backend
-	for _, e := range chosen(service, all, local, host) {
+	for _, e := range chosen(service, endpointSlices, local, host) {
 		if e.use == useless {
 			continue
 		}
@@ -87,12 +88,15 @@ func backends(service lb.ServiceName, all []weighted, local bool, host *reader) 
 
 // viewEndpoints returns all endpoints of a service, for people.
 func viewEndpoints(service lb.ServiceName, endpointSlices []*discoveryv1.EndpointSlice, options *Options, n *node) []lb.Endpoint {
-	all, _ := weightedSlices(ourSlices(endpointSlices, options))
+	counted, _ := weightedSlices(ourSlices(endpointSlices, options))
 	var list []lb.Endpoint
-	for _, e := range chosen(service, all, true, &reader{node: n}) {
+	for _, e := range chosen(service, counted, true, &reader{node: n}) {
 		v := lb.Endpoint{
 			Addr: e.addr, Node: e.node, Zone: e.zone, Weight: e.share(),
 			Cluster: e.cluster, Local: e.local,
+		}
+		if v.Node == "" && n.has(e.addr.Addr()) {
+			v.Node = n.name
 		}
 		if v.Weight == 0 {
 			v.Cluster = cmp.Or(v.Cluster, weightless)
@@ -105,10 +109,10 @@ func viewEndpoints(service lb.ServiceName, endpointSlices []*discoveryv1.Endpoin
 
 // chosen returns the endpoints of a service, sorted by address, with what becomes of them in the scope
 // Cluster, and if asked for in the scope Local: the scopes choose independently of each other.
-func chosen(service lb.ServiceName, slices []weighted, local bool, host *reader) []endpoint {
+func chosen(service lb.ServiceName, endpointSlices []weighted, local bool, host *reader) []endpoint {
 	var all []endpoint
-	for i := range slices {
-		all = appendEndpoints(all, service, &slices[i])
+	for i := range endpointSlices {
+		all = appendEndpoints(all, service, &endpointSlices[i])
 	}
 	all = distinct(all)
 	chooseCluster(all, host)

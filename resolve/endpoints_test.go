@@ -44,7 +44,13 @@ func sliceOf(family discoveryv1.AddressType, port discoveryv1.EndpointPort, endp
 }
 
 func backend(addr string, cluster, serving bool) lb.Backend {
-	return lb.Backend{Addr: netip.MustParseAddrPort(addr), Cluster: cluster, Serving: serving}
+	return lb.Backend{Addr: netip.MustParseAddrPort(addr), Cluster: cluster, Serving: serving, Weight: 1}
+}
+
+// backendsOf returns the backends of a service without policies, on a node of which nothing is known.
+func backendsOf(service lb.ServiceName, endpointSlices []*discoveryv1.EndpointSlice) []lb.Backend {
+	counted, _ := weightedSlices(endpointSlices)
+	return backends(service, counted, false, &reader{node: &node{}})
 }
 
 func TestNilConditions(t *testing.T) {
@@ -106,7 +112,7 @@ func TestUsableEndpoints(t *testing.T) {
 			slices := []*discoveryv1.EndpointSlice{
 				sliceOf("IPv4", portOf("http", "TCP", 8080), tt.endpoints...),
 			}
-			if diff := cmp.Diff(tt.want, backends(web, slices), compareValues); diff != "" {
+			if diff := cmp.Diff(tt.want, backendsOf(web, slices), compareValues); diff != "" {
 				t.Errorf("backends (-want +got):\n%s", diff)
 			}
 		})
@@ -132,7 +138,7 @@ func TestSameAddressTwice(t *testing.T) {
 					sliceOf("IPv4", portOf("http", "TCP", 8080), endpointOf("10.0.0.1", order[0])),
 					sliceOf("IPv4", portOf("http", "TCP", 8080), endpointOf("10.0.0.1", order[1])),
 				}
-				if diff := cmp.Diff(tt.want, backends(web, slices), compareValues); diff != "" {
+				if diff := cmp.Diff(tt.want, backendsOf(web, slices), compareValues); diff != "" {
 					t.Errorf("%q (-want +got):\n%s", order, diff)
 				}
 			}
@@ -144,7 +150,7 @@ func TestSameAddressTwice(t *testing.T) {
 			sliceOf("IPv4", portOf("http", "TCP", 8081), endpointOf("10.0.0.1", "---")),
 			sliceOf("IPv4", portOf("http", "TCP", 8080), endpointOf("10.0.0.1", "---")),
 		}
-		if diff := cmp.Diff(want, backends(web, slices), compareValues); diff != "" {
+		if diff := cmp.Diff(want, backendsOf(web, slices), compareValues); diff != "" {
 			t.Errorf("(-want +got):\n%s", diff)
 		}
 	})
@@ -179,7 +185,7 @@ func TestPortsByNameAndProtocol(t *testing.T) {
 				want = []lb.Backend{backend(tt.want, true, true)}
 			}
 			slices := []*discoveryv1.EndpointSlice{sliceOf("IPv4", tt.port, endpointOf("10.0.0.1", "---"))}
-			if diff := cmp.Diff(want, backends(tt.service, slices), compareValues); diff != "" {
+			if diff := cmp.Diff(want, backendsOf(tt.service, slices), compareValues); diff != "" {
 				t.Errorf("(-want +got):\n%s", diff)
 			}
 		})
@@ -190,7 +196,7 @@ func TestPortsByNameAndProtocol(t *testing.T) {
 			sliceOf("IPv4", portOf("http", "TCP", 8080), endpointOf("10.0.0.1", "---")),
 			sliceOf("IPv4", portOf("http", "TCP", 9090), endpointOf("10.0.0.2", "---")),
 		}
-		if diff := cmp.Diff(want, backends(web, slices), compareValues); diff != "" {
+		if diff := cmp.Diff(want, backendsOf(web, slices), compareValues); diff != "" {
 			t.Errorf("(-want +got):\n%s", diff)
 		}
 	})
@@ -226,7 +232,7 @@ func TestEndpointsOfOwnFamily(t *testing.T) {
 			slices := []*discoveryv1.EndpointSlice{
 				sliceOf(tt.addressType, portOf("http", "TCP", 8080), discoveryv1.Endpoint{Addresses: tt.addresses}),
 			}
-			if diff := cmp.Diff(want, backends(service, slices), compareValues); diff != "" {
+			if diff := cmp.Diff(want, backendsOf(service, slices), compareValues); diff != "" {
 				t.Errorf("(-want +got):\n%s", diff)
 			}
 		})

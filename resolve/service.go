@@ -35,7 +35,7 @@ func resolveService(name Name, svc *corev1.Service, endpointSlices []*discoveryv
 	}
 	spec := &svc.Spec
 	endpointSlices = ourSlices(endpointSlices, options)
-	weighted, problems := weightedSlices(endpointSlices)
+	counted, problems := weightedSlices(endpointSlices)
 	ranges, closed, wrong := sourceRanges(spec)
 	problems = append(problems, wrong...)
 	wishes, wrong := frontends(svc, closed, options, host)
@@ -44,13 +44,13 @@ func resolveService(name Name, svc *corev1.Service, endpointSlices []*discoveryv
 	problems = append(problems, wrong...)
 	problems = append(problems, notServed(svc, endpointSlices)...)
 
-	o := object{check: healthCheck(name, spec, weighted, whole.ExternalLocal, host)}
+	o := object{check: healthCheck(name, spec, counted, whole.ExternalLocal, host)}
 	o.services, o.claims, wrong = services(lb.ServiceName{Namespace: name.Namespace, Name: name.Name}, svc.CreationTimestamp.Time, wishes)
 	o.problems = append(problems, wrong...)
 	for service, s := range o.services {
 		s.Algorithm, s.Affinity = whole.Algorithm, whole.Affinity
 		s.InternalLocal, s.ExternalLocal = whole.InternalLocal, whole.ExternalLocal
-		s.Backends = backends(service, weighted, s.InternalLocal || s.ExternalLocal, host)
+		s.Backends = backends(service, counted, s.InternalLocal || s.ExternalLocal, host)
 		if slices.ContainsFunc(s.Frontends, func(f lb.Frontend) bool { return f.Kind == lb.LoadBalancer }) {
 			s.SourceRanges = ranges[service.Family]
 		}
@@ -171,7 +171,7 @@ func sourceRanges(spec *corev1.ServiceSpec) (ranges map[lb.Family][]netip.Prefix
 
 // healthCheck returns what a load balancer that asks for the local endpoints of a Service is told, nil where
 // none is to ask. Ready ones alone count: a load balancer is to turn away from a node where they drain.
-func healthCheck(name Name, spec *corev1.ServiceSpec, all []weighted, externalLocal bool, host *reader) *lb.HealthCheck {
+func healthCheck(name Name, spec *corev1.ServiceSpec, endpointSlices []weighted, externalLocal bool, host *reader) *lb.HealthCheck {
 	port, ok := portNumber(spec.HealthCheckNodePort)
 	if !ok || spec.Type != corev1.ServiceTypeLoadBalancer || !externalLocal {
 		return nil
@@ -183,7 +183,7 @@ func healthCheck(name Name, spec *corev1.ServiceSpec, all []weighted, externalLo
 			if !hasFamily(spec, service.Family) {
 				continue
 			}
-			for _, e := range chosen(service, all, true, host) {
+			for _, e := range chosen(service, endpointSlices, true, host) {
 				if e.use == ready && e.local == "" {
 					local[e.addr.Addr()] = struct{}{}
 				}

@@ -59,6 +59,13 @@ func fieldsOf(problems []lb.Problem) []string {
 	return all
 }
 
+// resolveAt resolves Service default/web on a node.
+func resolveAt(h Host, svc *corev1.Service, endpointSlices []*discoveryv1.EndpointSlice) object {
+	t := NewTable(Options{})
+	t.SetHost(h)
+	return t.resolve(ref{Name: defaultWeb}, input{svc: svc, slices: endpointSlices})
+}
+
 var defaultWeb = Name{"default", "web"}
 
 func TestWhichServicesCount(t *testing.T) {
@@ -93,7 +100,7 @@ func TestWhichServicesCount(t *testing.T) {
 		}), nil},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			o := resolve(defaultWeb, tt.svc, nil)
+			o := resolveAt(Host{}, tt.svc, nil)
 			if diff := cmp.Diff(tt.want, frontendsOf(o)); diff != "" {
 				t.Errorf("frontends (-want +got):\n%s", diff)
 			}
@@ -117,7 +124,7 @@ func TestWhichSlicesCount(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			s := sliceOf("IPv4", portOf("", "TCP", 8080), endpointOf("10.0.0.1", "---"))
 			s.ObjectMeta = tt.meta
-			o := resolve(defaultWeb, tcp80("10.96.0.1"), []*discoveryv1.EndpointSlice{s})
+			o := resolveAt(Host{}, tcp80("10.96.0.1"), []*discoveryv1.EndpointSlice{s})
 			for _, service := range o.services { // left without slices it is still there: it rejects
 				if got := len(service.Backends); got != tt.want {
 					t.Errorf("%d backends, want %d", got, tt.want)
@@ -212,7 +219,7 @@ func TestClusterIPs(t *testing.T) {
 		},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			o := resolve(defaultWeb, tt.svc, nil)
+			o := resolveAt(Host{}, tt.svc, nil)
 			if diff := cmp.Diff(tt.want, frontendsOf(o)); diff != "" {
 				t.Errorf("frontends (-want +got):\n%s", diff)
 			}
@@ -260,7 +267,7 @@ func TestServicePorts(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			svc := tcp80("10.96.0.1")
 			svc.Spec.Ports = tt.ports
-			o := resolve(defaultWeb, svc, nil)
+			o := resolveAt(Host{}, svc, nil)
 			if diff := cmp.Diff(tt.want, frontendsOf(o)); diff != "" {
 				t.Errorf("frontends (-want +got):\n%s", diff)
 			}
@@ -274,7 +281,6 @@ func TestServicePorts(t *testing.T) {
 // TestNotYetServed has a case for each field that is accepted and not served: it is named, and the cluster
 // IP is served all the same. A feature that arrives takes its cases from here.
 func TestNotYetServed(t *testing.T) {
-	hints := &discoveryv1.EndpointHints{ForZones: []discoveryv1.ForZone{{Name: "a"}}}
 	for _, tt := range []struct {
 		name   string
 		edit   func(*corev1.Service)
@@ -289,52 +295,16 @@ func TestNotYetServed(t *testing.T) {
 			s.Spec.IPFamilyPolicy = new(corev1.IPFamilyPolicySingleStack)
 			s.Spec.InternalTrafficPolicy = new(corev1.ServiceInternalTrafficPolicyCluster)
 		}, nil, nil},
-		{"NodePort", func(s *corev1.Service) {
-			s.Spec.Type = "NodePort"
-			s.Spec.ExternalTrafficPolicy = "Cluster"
-			s.Spec.Ports[0].NodePort = 30080
-		}, nil, []string{"not yet: spec.ports[0].nodePort", "not yet: spec.type"}},
-		{"LoadBalancer", func(s *corev1.Service) {
-			s.Spec.Type = "LoadBalancer"
-			s.Status.LoadBalancer.Ingress = []corev1.LoadBalancerIngress{
-				{Hostname: "web.example"}, {IP: "192.0.2.1", IPMode: new(corev1.LoadBalancerIPModeProxy)},
-				{IP: "192.0.2.2"}, {IP: "192.0.2.3", IPMode: new(corev1.LoadBalancerIPModeVIP)},
-			}
-		}, nil, []string{
-			"not yet: spec.type",
-			"not yet: status.loadBalancer.ingress[2].ip", "not yet: status.loadBalancer.ingress[3].ip",
-		}},
-		{"an address that was a LoadBalancer's", func(s *corev1.Service) {
-			s.Status.LoadBalancer.Ingress = []corev1.LoadBalancerIngress{{IP: "192.0.2.1"}}
-		}, nil, nil},
-		{"source ranges", func(s *corev1.Service) { s.Spec.LoadBalancerSourceRanges = []string{"192.0.2.0/24"} },
-			nil, []string{"not yet: spec.loadBalancerSourceRanges"}},
-		{"health check", func(s *corev1.Service) { s.Spec.HealthCheckNodePort = 31000 },
-			nil, []string{"not yet: spec.healthCheckNodePort"}},
-		{"external addresses", func(s *corev1.Service) { s.Spec.ExternalIPs = []string{"192.0.2.1"} },
-			nil, []string{"not yet: spec.externalIPs"}},
-		{"session affinity", func(s *corev1.Service) { s.Spec.SessionAffinity = "ClientIP" },
-			nil, []string{"not yet: spec.sessionAffinity"}},
-		{"internal policy", func(s *corev1.Service) {
-			s.Spec.InternalTrafficPolicy = new(corev1.ServiceInternalTrafficPolicyLocal)
-		}, nil, []string{"not yet: spec.internalTrafficPolicy"}},
-		{"external policy", func(s *corev1.Service) { s.Spec.ExternalTrafficPolicy = "Local" },
-			nil, []string{"not yet: spec.externalTrafficPolicy"}},
-		{"traffic distribution", func(s *corev1.Service) { s.Spec.TrafficDistribution = new("PreferSameZone") },
-			nil, []string{"not yet: spec.trafficDistribution"}},
+		{"SCTP", func(s *corev1.Service) {
+			s.Spec.Ports = append(s.Spec.Ports, corev1.ServicePort{Name: "sctp", Protocol: "SCTP", Port: 80})
+		}, nil, []string{"not yet: spec.ports[1].protocol"}},
 		{"selector without a slice", func(s *corev1.Service) { s.Spec.Selector = map[string]string{"app": "web"} },
 			nil, []string{"not yet: spec.selector"}},
 		{"selector with a slice", func(s *corev1.Service) { s.Spec.Selector = map[string]string{"app": "web"} },
 			[]*discoveryv1.EndpointSlice{{}}, nil},
-		{"hints", func(s *corev1.Service) {}, []*discoveryv1.EndpointSlice{
-			{Endpoints: []discoveryv1.Endpoint{{}, {Hints: hints}}}, {Endpoints: []discoveryv1.Endpoint{{Hints: hints}}},
-		}, []string{"not yet: "}},
-		{"hints that say nothing", func(s *corev1.Service) {}, []*discoveryv1.EndpointSlice{
-			{Endpoints: []discoveryv1.Endpoint{{Hints: &discoveryv1.EndpointHints{}}}},
-		}, nil},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			o := resolve(defaultWeb, with(tcp80("10.96.0.1"), tt.edit), tt.slices)
+			o := resolveAt(Host{}, with(tcp80("10.96.0.1"), tt.edit), tt.slices)
 			want := []string{"default/web/TCP IPv4 ClusterIP 10.96.0.1:80/TCP"}
 			if diff := cmp.Diff(want, frontendsOf(o)); diff != "" {
 				t.Errorf("frontends (-want +got):\n%s", diff)
@@ -352,7 +322,7 @@ func TestNotYetServed(t *testing.T) {
 }
 
 func TestDualStackEndpoints(t *testing.T) {
-	o := resolve(defaultWeb, tcp80("10.96.0.1", "fd00:96::1"), []*discoveryv1.EndpointSlice{
+	o := resolveAt(Host{}, tcp80("10.96.0.1", "fd00:96::1"), []*discoveryv1.EndpointSlice{
 		sliceOf("IPv4", portOf("", "TCP", 8080), endpointOf("10.0.0.1", "---")),
 		sliceOf("IPv6", portOf("", "TCP", 8080), endpointOf("fd00::1", "---"), endpointOf("fd00::2", "---")),
 	})
