@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 
 	"github.com/lbagent/lbagent/agent"
 	"github.com/lbagent/lbagent/maps"
@@ -33,6 +34,9 @@ func newRun(p *places) *cobra.Command {
 			if err := c.Validate(); err != nil {
 				return usageError{err}
 			}
+			c.Flags = map[string]string{}
+			cmd.Flags().VisitAll(func(f *pflag.Flag) { c.Flags[f.Name] = f.Value.String() })
+			delete(c.Flags, "help")
 			source.LogTo(c.Log)
 			return agent.Run(cmd.Context(), c)
 		},
@@ -47,6 +51,8 @@ func newRun(p *places) *cobra.Command {
 	f.StringSliceVar(&c.ServiceCIDRs, "service-cluster-ip-range", c.ServiceCIDRs, fmt.Sprintf("`CIDRs` that cluster IPs are from, at most %d; what is sent to an address there that no Service has is dropped", maps.MaxServicePrefixes))
 	f.StringSliceVar(&c.ExternalIPsAllow, "external-ips-allow", c.ExternalIPsAllow, "`CIDRs` that external IPs of Services may be from (default any: who may write a Service may then draw traffic to any address)")
 	f.StringSliceVar(&c.HairpinAddresses, "hairpin-addresses", c.HairpinAddresses, "`addresses`, an IPv4 and an IPv6 one, that a pod sees as the client when it reaches itself through its Service")
+	f.StringVar(&c.MetricsAddress, "metrics-bind-address", c.MetricsAddress, "`address` and port of /metrics, /proxyMode and /configz, for whoever reaches it by HTTP; empty: nowhere")
+	f.StringVar(&c.HealthzAddress, "healthz-bind-address", c.HealthzAddress, "`address` and port of /healthz and /livez, for whoever reaches it by HTTP; empty: nowhere")
 	f.Var((*durationOrOff)(&c.SilentBackend), "silent-backend-timeout", "`time` that a TCP backend which is gone from every EndpointSlice may leave a segment unanswered before its client is told by a reset; 0: at once, off: never")
 	f.Uint32Var(&c.Sizes.Flows, "flows", c.Sizes.Flows, "largest `number` of entries of the flow table, two to a connection, and a quarter as many for those that begin; the least recently used make room (default what the pinned one has, else a four-hundredth of the memory)")
 	f.Uint32Var(&c.Sizes.Services, "max-services", c.Sizes.Services, "largest `number` of services, one to a port and family of a Service")
