@@ -214,7 +214,7 @@ func TestPorts(t *testing.T) {
 	}
 
 	// An address goes, another port comes.
-	r.Set([]lb.HealthCheck{check("web", web, 1)}, both[:1])
+	r.Set([]lb.HealthCheck{check("web", web, 4)}, both[:1])
 	closed(t, at(loopback6, web))
 	r.open(at(loopback4, web))
 	r.Set([]lb.HealthCheck{check("web", shop, 1)}, both[:1])
@@ -274,6 +274,19 @@ func TestTaken(t *testing.T) {
 		t.Errorf("problems %v, want %v", got, want)
 	}
 	r.open(netip.AddrPortFrom(loopback6, port)) // where nobody has it
+
+	// The port goes over to the other Service, with what is wrong with it.
+	changed = r.Changed()
+	r.Set([]lb.HealthCheck{check("web", port, 1)}, []netip.Addr{loopback4, loopback6})
+	select {
+	case <-changed:
+	default:
+		t.Error("the problem is another Service's, and nobody was told")
+	}
+	if got := r.Problems(); len(got) != 1 || got[0].Object != "Service default/web" {
+		t.Errorf("problems %v", got)
+	}
+	r.Set([]lb.HealthCheck{check("shop", port, 1), check("web", port, 1)}, []netip.Addr{loopback4, loopback6})
 
 	other.Close()
 	r.open(netip.AddrPortFrom(loopback4, port))
