@@ -276,6 +276,7 @@ func TestTaken(t *testing.T) {
 	r.open(netip.AddrPortFrom(loopback6, port)) // where nobody has it
 
 	// The port goes over to the other Service, with what is wrong with it.
+	r.Set([]lb.HealthCheck{check("shop", port, 1)}, []netip.Addr{loopback4, loopback6})
 	changed = r.Changed()
 	r.Set([]lb.HealthCheck{check("web", port, 1)}, []netip.Addr{loopback4, loopback6})
 	select {
