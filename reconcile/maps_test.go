@@ -171,6 +171,81 @@ func (c content) check() error {
 	return errors.Join(errs...)
 }
 
+// checkVersions returns what a packet to a service must never meet though the service is changing: something else
+// than one of its versions has, where its endpoints may be of one and its policy of another.
+func (c content) checkVersions(versions map[lb.ServiceName][]lb.Service) error {
+	var errs []error
+	bad := func(format string, args ...any) { errs = append(errs, fmt.Errorf(format, args...)) }
+	led := map[uint32]bool{}
+	for _, f := range c.frontends {
+		led[f.Service] = true
+	}
+	for id, name := range c.names {
+		if !led[id] || len(versions[name]) == 0 {
+			continue
+		}
+		for kind, flag := range map[lb.Kind]uint32{lb.ClusterIP: maps.InternalLocal, lb.LoadBalancer: maps.ExternalLocal} {
+			var all []string
+			for _, policy := range versions[name] {
+				for _, endpoints := range versions[name] {
+					all = append(all, verdict(policyOf(policy).Flags&flag != 0, usable(endpoints, balance.Cluster), usable(endpoints, balance.Local)))
+				}
+			}
+			got := verdict(c.policies[id].Flags&flag != 0, c.addrs(scopeOf{id, balance.Cluster}), c.addrs(scopeOf{id, balance.Local}))
+			if !slices.Contains(all, got) {
+				bad("%s: a flow to a %s meets %q, should be of %q", name, kind, got, all)
+			}
+		}
+		for _, client := range []string{"192.0.2.7", "198.51.100.7", "198.51.100.207", "203.0.113.7", "10.9.9.9"} {
+			client := netip.MustParseAddr(client)
+			got := c.policies[id].Flags&maps.HasSourceRanges == 0 || within(c.sources[id], client)
+			if !slices.ContainsFunc(versions[name], func(svc lb.Service) bool {
+				return got == (svc.SourceRanges == nil || within(svc.SourceRanges, client))
+			}) {
+				bad("%s: %s is let in: %t, and should not be, by any version", name, client, got)
+			}
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// verdict is what becomes of a new flow of a service with these backends.
+func verdict(local bool, inCluster, inLocal []string) string {
+	chosen := inCluster
+	if local {
+		chosen = inLocal
+	}
+	switch {
+	case len(chosen) > 0:
+		return strings.Join(chosen, " ")
+	case len(inCluster) > 0:
+		return "drop"
+	}
+	return "reject"
+}
+
+// usable are the backends of a service that new flows choose in a scope.
+func usable(svc lb.Service, scope balance.Scope) []string {
+	var all []string
+	for _, b := range svc.Backends {
+		if scope.Has(b) && b.Weight > 0 {
+			all = append(all, b.Addr.String())
+		}
+	}
+	slices.Sort(all)
+	return all
+}
+
+// addrs are the backends in slots, each once.
+func (c content) addrs(of scopeOf) []string {
+	var all []string
+	for _, id := range c.slots[of] {
+		all = append(all, c.backends[id].Addr().String())
+	}
+	slices.Sort(all)
+	return slices.Compact(all)
+}
+
 // services yields the services that have slots.
 func services(of map[scopeOf]maps.SlotRange) iter.Seq[uint32] {
 	return func(yield func(uint32) bool) {

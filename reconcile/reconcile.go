@@ -396,15 +396,26 @@ func tableOf(svc lb.Service, scope balance.Scope) []int {
 //
 // The agent may die between any two writes, since what a packet can meet is right after each:
 //
-//  1. New backends, and their slots, are written where no service refers to.
-//  2. A service gets its name, then its new slots by one store. Those of its old slots are still there.
-//  3. A frontend is written when its service has its slots. One that goes from a service to another is
+//  1. New backends, and the scopes in which backends become usable, are written before slots name them; new slots
+//     where no service refers to. A client that session affinity brings may come to such a backend some writes
+//     before the slots do.
+//  2. A service gets its name, then source ranges in addition to those that it has: they let in who was let in
+//     before, or is to be. Only now a policy may say that there are any.
+//  3. The slots of each scope, and the policy, are replaced by one store each (newSlots and switchService say in
+//     which order). What they replace is still there: slots, source ranges, and backends usable in all scopes of
+//     before and after. No flow has to look again: a policy, an algorithm and weights are about new ones.
+//  4. A frontend is written when its service has its slots, and after the entry of its address, which says what
+//     becomes of its other ports; and before that entry makes a ClusterIP, it is said that there are some outside of
+//     the prefixes, if there are, or nobody would look for it. A frontend that goes from a service to another is
 //     overwritten: at any time it leads to one of them.
-//  4. Frontends are deleted, then the slots of services that nothing leads to any more are taken away.
-//  5. After a grace period nobody who begins a flow knows the old slots and frontends. Only now flows are
+//  5. Frontends are deleted, then the entries of addresses that nothing is left at, then the slots of services that
+//     nothing leads to any more are taken away. Prefixes are written once all addresses have their entries: what is
+//     sent to an address in a prefix without one is dropped.
+//  6. After a grace period nobody who begins a flow knows the old slots, policies and frontends. Only now flows are
 //     told to look again, by the generation of their backend: one that began meanwhile by the old slots
-//     would get the new generation otherwise, and be valid for ever. Then services' ids and slots become free.
-//  6. A removed backend keeps id and address, for its connections go on. A sweep that begins now and meets none
+//     would get the new generation otherwise, and be valid for ever. Then go source ranges, scopes of backends, slots
+//     of the scope Local without a policy that needs them; and services' ids and slots become free.
+//  7. A removed backend keeps id and address, for its connections go on. A sweep that begins now and meets none
 //     frees them (BeginSweep), by the first writes of an Apply.
 //
 // A backend's own address is IDENTITY among the frontends while the backend has an id, unless a service has a
@@ -412,7 +423,8 @@ func tableOf(svc lb.Service, scope balance.Scope) []int {
 // client does meanwhile straight to the backend, without a flow, is what it always did.
 //
 // Whoever starts then finds services and backends that nothing leads to, which are removed like any other
-// that is not desired; New takes care of generations that a dying agent still had to raise.
+// that is not desired, and source ranges and slots that no policy needs, which go when their service is written;
+// New takes care of generations that a dying agent still had to raise.
 func (r *Reconciler) Apply() error {
 	if !r.hold {
 		r.release()
@@ -591,9 +603,10 @@ func (r *Reconciler) free(next []*nextSlots) {
 	}
 }
 
-// switchService writes a service, first what nothing refers to, then the slots, the policy last: it needs the slots
-// of the scope Local and the source ranges. Between these stores a packet finds the new endpoints and the old
-// policy, as if they had changed one after the other.
+// switchService writes a service: first what nothing refers to, then the slots and the policy. A policy that needs
+// slots of the scope Local comes after them, and one that does not before, since those slots are not followed up
+// then. In between a packet finds new endpoints with the old policy, or the reverse, as if they had changed one
+// after the other.
 func (r *Reconciler) switchService(s *service, svc lb.Service, name maps.ServiceName, next []*nextSlots) error {
 	if err := r.writeBackends(s, svc.Backends); err != nil {
 		return err
@@ -619,6 +632,12 @@ func (r *Reconciler) switchService(s *service, svc lb.Service, name maps.Service
 	if err := r.writeRanges(s, svc); err != nil {
 		return err
 	}
+	policy := policyOf(svc)
+	if policy.Flags&localPolicy == 0 {
+		if err := r.setPolicy(s, policy, svc.SourceRanges); err != nil {
+			return err
+		}
+	}
 	for _, n := range next {
 		if err := r.setSlots(s, n.scope, n.slots); err != nil {
 			return err
@@ -626,12 +645,17 @@ func (r *Reconciler) switchService(s *service, svc lb.Service, name maps.Service
 		n.slots = maps.SlotRange{} // it is the service's
 	}
 	s.damaged = false
-	if policy := policyOf(svc); r.maps.Service(s.id).Policy != policy {
+	return r.setPolicy(s, policy, svc.SourceRanges)
+}
+
+// setPolicy is the switch of a policy, and with it of the source ranges that are in force; the others have to go.
+func (r *Reconciler) setPolicy(s *service, policy maps.Policy, ranges []netip.Prefix) error {
+	if r.maps.Service(s.id).Policy != policy {
 		if err := r.maps.SetServicePolicy(s.id, policy); err != nil {
 			return err
 		}
 	}
-	r.confirmRanges(s, svc.SourceRanges)
+	r.confirmRanges(s, ranges)
 	return nil
 }
 
@@ -662,7 +686,7 @@ func (r *Reconciler) writeRanges(s *service, svc lb.Service) error {
 	return nil
 }
 
-// confirmRanges notes which source ranges of a service are in force after a switch; the others have to go.
+// confirmRanges notes which source ranges of a service are in force.
 func (r *Reconciler) confirmRanges(s *service, inForce []netip.Prefix) {
 	for p := range s.ranges {
 		s.ranges[p] = false
@@ -1050,6 +1074,11 @@ func (r *Reconciler) writeAddress(addr netip.Addr, at vipAt) error {
 			want.flags |= maps.AddressEcho
 		}
 	}
+	if prefixes, elsewhere := r.maps.ServicePrefixes(); at.clusterIPs > 0 && !elsewhere && !within(prefixes, addr) {
+		if err := r.maps.SetServicePrefixes(prefixes, true); err != nil {
+			return err
+		}
+	}
 	vip := addressVIP(addr)
 	is, there := r.frontends[vip]
 	if there && is.kind == want.kind && is.flags == want.flags {
@@ -1058,11 +1087,6 @@ func (r *Reconciler) writeAddress(addr netip.Addr, at vipAt) error {
 	}
 	if !there && len(r.frontends) >= int(r.sizes.Frontends) {
 		return fmt.Errorf("address %s: all %d frontends are taken (--max-frontends)", addr, r.sizes.Frontends)
-	}
-	if prefixes, elsewhere := r.maps.ServicePrefixes(); at.clusterIPs > 0 && !elsewhere && !within(prefixes, addr) {
-		if err := r.maps.SetServicePrefixes(prefixes, true); err != nil {
-			return err
-		}
 	}
 	return r.putFrontend(vip, want)
 }
@@ -1221,10 +1245,8 @@ func (r *Reconciler) settle(s *service) error {
 	if err := errors.Join(errs...); err != nil || stays || len(s.backends)+len(s.frontends) > 0 || s.damaged {
 		return err
 	}
-	if r.maps.Service(s.id).Policy != (maps.Policy{}) {
-		if err := r.maps.SetServicePolicy(s.id, maps.Policy{}); err != nil {
-			return err
-		}
+	if err := r.setPolicy(s, maps.Policy{}, nil); err != nil {
+		return err
 	}
 	if err := r.maps.DeleteServiceName(s.id); err != nil {
 		return err
@@ -1255,8 +1277,11 @@ func (r *Reconciler) settleBackends(s *service, backends []lb.Backend) error {
 				delete(s.backends, addr)
 			}
 			errs = append(errs, err)
-		} else if life := r.maps.Backend(id).Life; life != withFlags(life, flags) {
-			errs = append(errs, r.maps.SetBackendLife(id, withFlags(life, flags)))
+			continue
+		}
+		life := r.maps.Backend(id).Life
+		if less := withFlags(life, life.Flags&flags); less != life {
+			errs = append(errs, r.maps.SetBackendLife(id, less))
 		}
 	}
 	return errors.Join(errs...)

@@ -3,6 +3,7 @@
 package reconcile
 
 import (
+	"cmp"
 	"errors"
 	"flag"
 	"fmt"
@@ -40,7 +41,9 @@ type rig struct {
 	host     []netip.Addr
 	prefixes []netip.Prefix
 	hold     bool
-	trace    []string                 // maps written to, and grace
+	trace    []string // maps written to, and grace
+	// What may be in force: what was desired at the last Apply that did all, and since. nil where things are held.
+	versions map[lb.ServiceName][]lb.Service
 	fault    func(write string) error // asked before each of the trace
 }
 
@@ -52,7 +55,7 @@ func newRig(sizes maps.Sizes) (*rig, error) {
 	g := &rig{m: m, prefixes: []netip.Prefix{netip.MustParsePrefix("10.96.0.0/12")}}
 	m.Fault = func(name string) error {
 		c, err := read(g.m)
-		if err := errors.Join(err, c.check()); err != nil {
+		if err := errors.Join(err, c.check(), c.checkVersions(g.versions)); err != nil {
 			panic(fmt.Sprintf("before write %d, after %q: %v\n%s", len(g.trace), g.trace, err, c))
 		}
 		return g.note(name)
@@ -76,8 +79,8 @@ func (g *rig) restart() error {
 		return err
 	}
 	r.grace = func() error { return g.note("grace") }
-	r.Hold(g.hold)
 	g.r, g.desired, g.foreign = r, map[lb.ServiceName]lb.Service{}, map[netip.Addr]bool{}
+	g.setHold(g.hold)
 	g.r.SetHostAddresses(g.host)
 	return g.r.SetPrefixes(g.prefixes)
 }
@@ -126,19 +129,30 @@ func (g *rig) desire(all map[lb.ServiceName]lb.Service) {
 	}
 	g.r.Set(changed, removed)
 	g.desired = all
+	if g.versions != nil {
+		for name, svc := range changed {
+			g.versions[name] = append(g.versions[name], svc)
+		}
+	}
 }
 
 func (g *rig) apply() error {
 	g.trace = nil
 	err := g.r.Apply()
 	c, readErr := read(g.m)
-	if bad := errors.Join(readErr, c.check()); bad != nil {
+	if bad := errors.Join(readErr, c.check(), c.checkVersions(g.versions)); bad != nil {
 		panic(fmt.Sprintf("after %q: %v\n%s", g.trace, bad, c))
 	}
 	graces := 0
 	for _, what := range g.trace {
 		if what == "grace" {
 			graces++
+		}
+	}
+	if err == nil && !g.hold {
+		g.versions = map[lb.ServiceName][]lb.Service{}
+		for name, svc := range g.desired {
+			g.versions[name] = []lb.Service{svc}
 		}
 	}
 	if graces > 1 {
@@ -273,9 +287,11 @@ func TestScripts(t *testing.T) {
 			"restart": func(ts *testscript.TestScript, _ bool, _ []string) { ts.Check(rigOf(ts).restart()) },
 			"dump":    func(ts *testscript.TestScript, _ bool, _ []string) { fmt.Fprint(ts.Stdout(), rigOf(ts).dump()) },
 			"ids": func(ts *testscript.TestScript, _ bool, _ []string) {
+				text := ""
 				for id, b := range rigOf(ts).m.EachBackend() {
-					fmt.Fprintf(ts.Stdout(), "%d %s %s generation %d\n", id, b.Addr(), state(b), b.Life.Generation)
+					text += fmt.Sprintf("%d %s %s generation %d\n", id, b.Addr(), state(b), b.Life.Generation)
 				}
+				fmt.Fprint(ts.Stdout(), cmp.Or(text, "none\n"))
 			},
 		},
 	})
@@ -284,6 +300,9 @@ func TestScripts(t *testing.T) {
 func (g *rig) setHold(hold bool) {
 	g.hold = hold
 	g.r.Hold(hold)
+	if hold {
+		g.versions = nil
+	}
 }
 
 func addresses(ts *testscript.TestScript, args []string) []netip.Addr {

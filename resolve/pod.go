@@ -140,7 +140,7 @@ func hostPortFrontends(p hostPort, ips []netip.Addr, host *reader) (wishes []wis
 }
 
 // podEndpoints returns the one endpoint of a hostPort, for people.
-func podEndpoints(s lb.Service, pod *corev1.Pod, n *node) (all []lb.Endpoint) {
+func podEndpoints(s lb.Service, n *node) (all []lb.Endpoint) {
 	for _, b := range s.Backends {
 		all = append(all, lb.Endpoint{Addr: b.Addr, Node: n.name, Zone: n.zone, Weight: b.Weight})
 	}

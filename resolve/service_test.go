@@ -335,3 +335,120 @@ func TestDualStackEndpoints(t *testing.T) {
 		t.Errorf("backends of each family: %v, want %v", got, want)
 	}
 }
+
+func TestPolicies(t *testing.T) {
+	for _, tt := range []struct {
+		name               string
+		edit               func(*corev1.ServiceSpec)
+		internal, external bool
+	}{
+		{"none said", func(*corev1.ServiceSpec) {}, false, false},
+		{"Cluster", func(s *corev1.ServiceSpec) {
+			s.Type, s.ExternalTrafficPolicy = "NodePort", "Cluster"
+			s.InternalTrafficPolicy = new(corev1.ServiceInternalTrafficPolicyCluster)
+		}, false, false},
+		{"internal", func(s *corev1.ServiceSpec) {
+			s.InternalTrafficPolicy = new(corev1.ServiceInternalTrafficPolicyLocal)
+		}, true, false},
+		{"external, NodePort", func(s *corev1.ServiceSpec) { s.Type, s.ExternalTrafficPolicy = "NodePort", "Local" }, false, true},
+		{"external, LoadBalancer", func(s *corev1.ServiceSpec) { s.Type, s.ExternalTrafficPolicy = "LoadBalancer", "Local" }, false, true},
+		{"external, ClusterIP with external addresses", func(s *corev1.ServiceSpec) {
+			s.ExternalIPs, s.ExternalTrafficPolicy = []string{"192.0.2.1"}, "Local"
+		}, false, true},
+		{"external, ClusterIP without: left from another type", func(s *corev1.ServiceSpec) {
+			s.Type, s.ExternalTrafficPolicy = "ClusterIP", "Local"
+		}, false, false},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			svc := tcp80("10.96.0.1")
+			tt.edit(&svc.Spec)
+			slice := sliceOf("IPv4", portOf("", "TCP", 8080), endpointOn("here", "10.0.0.1", "---"), endpointOn("there", "10.0.0.2", "---"))
+			o := resolveAt(Host{Name: "here"}, svc, []*discoveryv1.EndpointSlice{slice})
+			if len(o.services) != 1 {
+				t.Fatalf("%d services", len(o.services))
+			}
+			for _, s := range o.services {
+				if s.InternalLocal != tt.internal || s.ExternalLocal != tt.external {
+					t.Errorf("internal %t, external %t; want %t, %t", s.InternalLocal, s.ExternalLocal, tt.internal, tt.external)
+				}
+				one, other := backend("10.0.0.1:8080", true, true), backend("10.0.0.2:8080", true, true)
+				one.Local = tt.internal || tt.external // without a policy nobody is told where it is
+				if diff := cmp.Diff([]lb.Backend{one, other}, s.Backends, compareValues); diff != "" {
+					t.Errorf("backends (-want +got):\n%s", diff)
+				}
+			}
+		})
+	}
+}
+
+func TestHealthCheckNodePort(t *testing.T) {
+	local := func(edit ...func(*corev1.Service)) *corev1.Service {
+		svc := tcp80("10.96.0.1", "fd00:96::1")
+		svc.Spec.Type, svc.Spec.ExternalTrafficPolicy, svc.Spec.HealthCheckNodePort = "LoadBalancer", "Local", 32000
+		svc.Spec.Ports = []corev1.ServicePort{{Name: "a", Port: 80}, {Name: "b", Port: 81}, {Name: "c", Port: 82, Protocol: "SCTP"}}
+		for _, e := range edit {
+			e(svc)
+		}
+		return svc
+	}
+	slice := func(family discoveryv1.AddressType, name string, endpoints ...discoveryv1.Endpoint) *discoveryv1.EndpointSlice {
+		return sliceOf(family, portOf(name, "TCP", 8080), endpoints...)
+	}
+	some := []*discoveryv1.EndpointSlice{slice("IPv4", "a", endpointOn("here", "10.0.0.1", "---"))}
+	for _, tt := range []struct {
+		name   string
+		svc    *corev1.Service
+		slices []*discoveryv1.EndpointSlice
+		want   int // -1: no health check
+	}{
+		{"none", local(), nil, 0},
+		{"one", local(), some, 1},
+		{"a NodePort", local(func(s *corev1.Service) { s.Spec.Type = "NodePort" }), some, -1},
+		{"policy Cluster", local(func(s *corev1.Service) { s.Spec.ExternalTrafficPolicy = "Cluster" }), some, -1},
+		{"no port", local(func(s *corev1.Service) { s.Spec.HealthCheckNodePort = 0 }), some, -1},
+		{"no address yet", local(func(s *corev1.Service) { s.Spec.ClusterIPs = nil }), some, 1},
+		{"another proxy's", local(func(s *corev1.Service) { s.Labels = map[string]string{labelServiceProxyName: ""} }), some, -1},
+		{"gone", nil, some, -1},
+		{"distinct addresses, over ports and families", local(), []*discoveryv1.EndpointSlice{
+			slice("IPv4", "a", endpointOn("here", "10.0.0.1", "---"), endpointOn("here", "10.0.0.2", "---")),
+			slice("IPv4", "b", endpointOn("here", "10.0.0.1", "---")),
+			slice("IPv6", "b", endpointOn("here", "fd00::1", "---")),
+		}, 3},
+		{"ready ones alone, on this node", local(), []*discoveryv1.EndpointSlice{slice("IPv4", "a",
+			endpointOn("here", "10.0.0.1", "nyy"), endpointOn("there", "10.0.0.2", "---"), endpointOn("here", "10.0.0.3", "nyn"))}, 0},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			table := NewTable(Options{})
+			table.Update(defaultWeb, local(), nil)
+			table.SetHost(Host{Name: "here"})
+			table.Update(defaultWeb, tt.svc, tt.slices)
+			want := []lb.HealthCheck{{Namespace: "default", Name: "web", Port: 32000, LocalEndpoints: tt.want}}
+			if tt.want < 0 {
+				want = nil
+			}
+			if diff := cmp.Diff(want, table.HealthChecks()); diff != "" {
+				t.Errorf("(-want +got):\n%s", diff)
+			}
+		})
+	}
+}
+
+// TestSlicesOfAProxyWithAName: a slice of another's name does not count, one without any does.
+func TestSlicesOfAProxyWithAName(t *testing.T) {
+	for _, tt := range []struct {
+		labels []string
+		want   int
+	}{
+		{nil, 1},
+		{[]string{labelServiceProxyName, "us"}, 1},
+		{[]string{labelServiceProxyName, "them"}, 0},
+		{[]string{labelServiceProxyName, ""}, 0},
+		{[]string{"service.kubernetes.io/headless", ""}, 0},
+	} {
+		s := sliceOf("IPv4", portOf("", "TCP", 8080), endpointOf("10.0.0.1", "---"))
+		s.ObjectMeta = labels(tt.labels...)
+		if got := len(ourSlices([]*discoveryv1.EndpointSlice{s}, &Options{ProxyName: "us"})); got != tt.want {
+			t.Errorf("%q: %d slices, want %d", tt.labels, got, tt.want)
+		}
+	}
+}

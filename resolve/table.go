@@ -260,7 +260,7 @@ func (t *Table) view(name lb.ServiceName, o *object) lb.View {
 		}
 	}
 	if name.Pod {
-		v.Endpoints = podEndpoints(o.services[name], o.input.pod, &t.node)
+		v.Endpoints = podEndpoints(o.services[name], &t.node)
 	} else {
 		v.Endpoints = viewEndpoints(name, o.input.slices, &t.options, &t.node)
 	}

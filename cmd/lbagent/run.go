@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -34,9 +35,7 @@ func newRun(p *places) *cobra.Command {
 			if err := c.Validate(); err != nil {
 				return usageError{err}
 			}
-			c.Flags = map[string]string{}
-			cmd.Flags().VisitAll(func(f *pflag.Flag) { c.Flags[f.Name] = f.Value.String() })
-			delete(c.Flags, "help")
+			c.Flags = written(cmd.Flags())
 			source.LogTo(c.Log)
 			return agent.Run(cmd.Context(), c)
 		},
@@ -60,6 +59,21 @@ func newRun(p *places) *cobra.Command {
 	f.Uint32Var(&c.Sizes.Backends, "max-backends", c.Sizes.Backends, "largest `number` of backends of all services")
 	f.Uint32Var(&c.Sizes.Slots, "max-slots", c.Sizes.Slots, "largest `number` of entries of all services' lookup tables")
 	return cmd
+}
+
+// written is every flag with its value, as it is or would be written on the command line.
+func written(flags *pflag.FlagSet) map[string]string {
+	all := map[string]string{}
+	flags.VisitAll(func(f *pflag.Flag) {
+		if f.Name == "help" {
+			return
+		}
+		all[f.Name] = f.Value.String()
+		if list, ok := f.Value.(pflag.SliceValue); ok {
+			all[f.Name] = strings.Join(list.GetSlice(), ",")
+		}
+	})
+	return all
 }
 
 // durationOrOff is a flag's value that is a duration, or "off", which is a negative one.

@@ -63,6 +63,9 @@ func TestStatusPage(t *testing.T) {
 	var page strings.Builder
 	showStatus(&page, s, now)
 	golden(t, "status-page.txt", page.String())
+	if rows := agentRows(api.Status{Running: true}, now); !strings.HasPrefix(rows[2][1], "nowhere: ") {
+		t.Errorf("NodePorts without an address: %q", rows[2])
+	}
 	keys, err := json.MarshalIndent(s, "", "  ")
 	if err != nil {
 		t.Fatal(err)
