@@ -1069,7 +1069,7 @@ func BenchmarkApply(b *testing.B) {
 			Frontends: []lb.Frontend{{VIP: lb.VIP{Addr: netip.AddrFrom4([4]byte{10, 96, byte(i >> 8), byte(i)}), Port: 80, Protocol: lb.TCP}, Kind: lb.ClusterIP}},
 		}
 		for j := range 4 {
-			svc.Backends = append(svc.Backends, lb.Backend{Addr: netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, byte(j), byte(i >> 8), byte(i)}), uint16(80+change%2)), Cluster: true, Serving: true})
+			svc.Backends = append(svc.Backends, lb.Backend{Addr: netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, byte(j), byte(i >> 8), byte(i)}), uint16(80+change%2)), Cluster: true, Serving: true, Weight: 1})
 		}
 		return svc
 	}
