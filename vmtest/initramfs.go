@@ -23,7 +23,7 @@ const initScript = `#!/bin/sh
 mount -t proc proc /proc
 mount -t sysfs sysfs /sys
 mount -t devtmpfs devtmpfs /dev
-sh %s >/dev/ttyS1
+sh %s </dev/ttyS1 >/dev/ttyS1
 poweroff -f
 `
 

@@ -11,7 +11,7 @@ import (
 	"time"
 )
 
-var short = limits{boot: time.Minute, test: 10 * time.Second, guest: 90 * time.Second}
+var short = limits{boot: 2 * time.Minute, test: 10 * time.Second, guest: 3 * time.Minute}
 
 // failures are the tests of testdata/failures, which do what their names say.
 func failures(t *testing.T, run string) []*built {
