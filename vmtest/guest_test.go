@@ -48,6 +48,9 @@ func TestDeliberate(t *testing.T) {
 			if r.ok() || !strings.Contains(strings.Join(r.errors, "\n"), c.error) {
 				t.Errorf("errors %q, want %q", r.errors, c.error)
 			}
+			if c.test == "TestHang" {
+				wantGoroutine(t, r)
+			}
 			var table strings.Builder
 			print(&table, []*result{r})
 			if !strings.Contains(table.String(), c.console) {

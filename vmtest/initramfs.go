@@ -28,7 +28,7 @@ poweroff -f
 `
 
 func (m machine) qemuArgs(image, initramfs, console string) []string {
-	args := []string{"-smp", "2", "-m", "1024", "-nodefaults", "-no-reboot", "-display", "none",
+	args := []string{"-smp", m.cpus(), "-m", "1024", "-nodefaults", "-no-reboot", "-display", "none",
 		"-serial", "file:" + console, "-serial", "stdio", "-kernel", image, "-initrd", initramfs,
 		"-append", "console=ttyS0 panic=-1"}
 	if m.kvm {

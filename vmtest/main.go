@@ -87,10 +87,10 @@ func run(ctx context.Context) error {
 	}
 
 	logs := filepath.Join(module, ".cache", "vmtest")
-	limits := limits{boot: 2 * time.Minute, test: 3 * time.Minute, guest: 15 * time.Minute}
+	limits := limits{boot: 2 * time.Minute, test: 5 * time.Minute, guest: 20 * time.Minute}
 	results := make([]*result, len(kernels))
 	var group errgroup.Group
-	group.SetLimit(runtime.NumCPU()) // a guest keeps hardly more than one busy
+	group.SetLimit(runtime.NumCPU()) // a guest without KVM keeps one busy
 	for i, k := range kernels {
 		group.Go(func() error {
 			results[i] = m.run(ctx, k, all, *tests, logs, limits)

@@ -50,6 +50,9 @@ func TestOnHost(t *testing.T) {
 			if r.ok() != (c.error == "") || !strings.Contains(strings.Join(r.errors, "\n"), c.error) {
 				t.Errorf("errors %q, want %q", r.errors, c.error)
 			}
+			if c.test == "TestHang" {
+				wantGoroutine(t, r)
+			}
 			var got tally
 			if g := r.rungs["failures"]; g != nil {
 				got = *g
@@ -58,6 +61,16 @@ func TestOnHost(t *testing.T) {
 				t.Errorf("counted %+v, want %+v", got, c.rung)
 			}
 		})
+	}
+}
+
+// wantGoroutine looks for the place where TestHang hangs.
+func wantGoroutine(t *testing.T, r *result) {
+	t.Helper()
+	var table strings.Builder
+	print(&table, []*result{r})
+	if !strings.Contains(table.String(), "failures.TestHang(") {
+		t.Errorf("nothing says where it hangs:\n%s", table.String())
 	}
 }
 

@@ -95,9 +95,18 @@ func (m machine) runner(k kernel) (name string) {
 	return name
 }
 
+// cpus is how many a guest has. Emulated, a second one doubles the time that a test takes, and has guests die of code
+// that the kernel changes while the other runs it.
+func (m machine) cpus() string {
+	if m.kvm {
+		return "2"
+	}
+	return "1"
+}
+
 // vngArgs is the command line of virtme-ng, but for what runs in the guest.
 func (m machine) vngArgs(k kernel) []string {
-	args := []string{"-v", "-r", k.image, "--memory", "1G", "--cpus", "2", "--user", "root", "--append", blacklist}
+	args := []string{"-v", "-r", k.image, "--memory", "1G", "--cpus", m.cpus(), "--user", "root", "--append", blacklist}
 	if !m.kvm {
 		args = append(args, "--disable-kvm") // else it takes /dev/kvm for granted where that opens
 	}
