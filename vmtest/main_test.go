@@ -3,11 +3,13 @@
 package main
 
 import (
+	"errors"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 )
 
@@ -71,6 +73,23 @@ func wantGoroutine(t *testing.T, r *result) {
 	print(&table, []*result{r})
 	if !strings.Contains(table.String(), "failures.TestHang(") {
 		t.Errorf("nothing says where it hangs:\n%s", table.String())
+	}
+}
+
+func TestPatiently(t *testing.T) {
+	for failures, calls := range map[int]int{0: 1, 2: 3, 9: 3} {
+		synctest.Test(t, func(t *testing.T) {
+			n := 0
+			err := patiently(t.Context(), func() error {
+				if n++; n <= failures {
+					return errors.New("no answer")
+				}
+				return nil
+			})
+			if n != calls || (err == nil) != (failures < 3) {
+				t.Errorf("%d failures: %d calls and %v", failures, n, err)
+			}
+		})
 	}
 }
 
