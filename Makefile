@@ -36,7 +36,7 @@ fuzz: ## each fuzz target for FUZZTIME (30s)
 vmtest: deps deps-vmtest ## what kernels decide, on each kernel of vmtest/kernels.txt [KERNEL=6.1,...] [RUN=regexp] [UPDATE=1]
 	$(GO) build -o .cache/vmtest/ ./vmtest
 	.cache/vmtest/vmtest -kernel '$(KERNEL)' -run '$(value RUN)' $(if $(UPDATE),-update)
-	$(if $(KERNEL)$(RUN)$(UPDATE),,$(GO) test -count 1 -tags vmtest -parallel 2 -run Deliberate -v ./vmtest)
+	$(if $(KERNEL)$(RUN)$(UPDATE),,$(GO) test -timeout 20m -count 1 -tags vmtest -parallel 2 -run Deliberate -v ./vmtest)
 
 vmtest-shell: deps-vmtest ## a shell in a guest of KERNEL
 	$(GO) build -o .cache/vmtest/ ./vmtest

@@ -34,9 +34,9 @@ func TestDeliberate(t *testing.T) {
 		error, console string
 	}{
 		{"TestFail", short, "TestFail failed", "deliberate: fail"},
-		{"TestHang", short, "TestHang did not end within 10s", "deliberate: hang"},
+		{"TestHang", short, "TestHang did not end within 20s", "deliberate: hang"},
 		{"TestPanic", short, "the guest ended in TestPanic", "sysrq triggered crash"},
-		{"TestMemory", limits{boot: time.Minute, test: time.Minute, guest: 2 * time.Minute}, "the kernel said: ", "Out of memory: Killed process"},
+		{"TestMemory", limits{boot: 5 * time.Minute, test: 3 * time.Minute, guest: 8 * time.Minute}, "the kernel said: ", "Out of memory: Killed process"},
 	} {
 		t.Run(c.test, func(t *testing.T) {
 			t.Parallel()

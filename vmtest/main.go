@@ -87,7 +87,7 @@ func run(ctx context.Context) error {
 	}
 
 	logs := filepath.Join(module, ".cache", "vmtest")
-	limits := limits{boot: 2 * time.Minute, test: 5 * time.Minute, guest: 20 * time.Minute}
+	limits := limits{boot: 5 * time.Minute, test: 5 * time.Minute, guest: 20 * time.Minute}
 	results := make([]*result, len(kernels))
 	var group errgroup.Group
 	group.SetLimit(runtime.NumCPU()) // a guest without KVM keeps one busy

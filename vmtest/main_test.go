@@ -13,7 +13,7 @@ import (
 	"time"
 )
 
-var short = limits{boot: 2 * time.Minute, test: 10 * time.Second, guest: 3 * time.Minute}
+var short = limits{boot: 5 * time.Minute, test: 20 * time.Second, guest: 6 * time.Minute}
 
 // failures are the tests of testdata/failures, which do what their names say.
 func failures(t *testing.T, run string) []*built {
