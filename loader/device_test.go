@@ -213,7 +213,14 @@ func (l *lab) exchangeKeys() error {
 // doubles and reorders packets both ways, and no packet of theirs gets past the programs untranslated.
 func TestBadNetwork(t *testing.T) {
 	// Without segmentation a loss is that of one packet, not of a large part of the transfer.
-	l := newLab(t, testenv.Config{Backends: 1, Segmentation: testenv.OffloadOff})
+	l := newLab(t, testenv.Config{Backends: 2, Segmentation: testenv.OffloadOff})
+	for _, b := range l.Backends {
+		server, err := testenv.ServeEcho(t.Context(), b.Namespace, b.Name, fmt.Sprint(":", echoPort))
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { server.Close() })
+	}
 	ends := map[*testenv.Host]string{l.Node: l.Client.NodeDevice, l.Client: "eth0"}
 	for host, device := range ends {
 		err := host.Do(func() error {
@@ -237,12 +244,28 @@ func TestBadNetwork(t *testing.T) {
 			t.Errorf("IPv%d: %v; reasons %v", family, err, l.reasons())
 		}
 		client.Close()
-		for range 20 { // beginnings and ends of connections
-			client := testenv.NewHTTPClient(l.Client.Namespace, netip.AddrPort{})
-			if _, err := client.Who(l.context(), l.vips[family]); err != nil {
+		// The service moves to the other backend after each connection's beginning: it stays where it began.
+		vip, service := netip.AddrPortFrom(l.vips[family].Addr(), 7), uint32(family)
+		ids := []uint32{service * 10, service*10 + 1}
+		for i, id := range ids {
+			l.rig.backend(id, service, netip.AddrPortFrom(l.Backends[i].Addr(family), echoPort), maps.BackendActive, 1)
+		}
+		l.rig.frontend(vip, service)
+		for i := range 20 {
+			l.rig.slots(service, ids[i%2])
+			c, err := testenv.DialEcho(l.context(), l.Client.Namespace, netip.AddrPort{}, vip)
+			if err != nil {
 				t.Errorf("IPv%d: %v; reasons %v", family, err, l.reasons())
+				continue
 			}
-			client.Close()
+			l.rig.slots(service, ids[(i+1)%2])
+			for range 5 {
+				if err := c.Say(l.context(), "still there?"); err != nil {
+					t.Errorf("IPv%d: %v; reasons %v", family, err, l.reasons())
+					break
+				}
+			}
+			c.Close()
 		}
 	}
 }
