@@ -35,8 +35,8 @@ fuzz: ## each fuzz target for FUZZTIME (30s)
 # Not by `go run`, which passes no signal on: guests would outlive it.
 vmtest: deps deps-vmtest ## what kernels decide, on each kernel of vmtest/kernels.txt [KERNEL=6.1,...] [RUN=regexp] [UPDATE=1]
 	$(GO) build -o .cache/vmtest/ ./vmtest
-	.cache/vmtest/vmtest -kernel '$(KERNEL)' -run '$(RUN)' $(if $(UPDATE),-update)
-	$(if $(KERNEL)$(RUN)$(UPDATE),,$(GO) test -count 1 -tags vmtest -parallel 2 -run Deliberate -v ./vmtest)
+	.cache/vmtest/vmtest -kernel '$(KERNEL)' -run '$(value RUN)' $(if $(UPDATE),-update)
+	$(if $(KERNEL)$(RUN)$(UPDATE),,$(GO) test -timeout 20m -count 1 -tags vmtest -parallel 2 -run Deliberate -v ./vmtest)
 
 vmtest-shell: deps-vmtest ## a shell in a guest of KERNEL
 	$(GO) build -o .cache/vmtest/ ./vmtest
@@ -63,11 +63,12 @@ deps-generate: ## what generate and lint call: clang 19
 	@for tool in clang-19 llvm-strip-19 $(CLANG_FORMAT); do command -v $$tool >/dev/null || missing="$$missing $$tool"; done; \
 	test -z "$$missing" || $(call install,clang-19 llvm-19 clang-format-19)
 
-deps-vmtest: ## what vmtest calls: QEMU and what virtme-ng builds a guest with
+deps-vmtest: ## what vmtest calls: QEMU, what virtme-ng builds a guest with, wg
 	@command -v qemu-system-x86_64 >/dev/null || missing="$$missing qemu-system-x86"; \
 	command -v depmod >/dev/null || missing="$$missing kmod"; \
 	command -v udevadm >/dev/null || missing="$$missing udev"; \
 	command -v file >/dev/null || missing="$$missing file"; \
+	command -v wg >/dev/null || missing="$$missing wireguard-tools"; \
 	{ busybox --help 2>&1 | grep -q BusyBox && ldd "$$(command -v busybox)" 2>&1 | grep -q 'not a dynamic'; } || missing="$$missing busybox-static"; \
 	python3 -c 'import ensurepip, venv' 2>/dev/null || missing="$$missing python3-venv"; \
 	apt-cache pkgnames linux-image-6.1. | grep -q . || apt-get update -qq; \

@@ -165,7 +165,7 @@ func (s *site) start(c agent.Config) *running {
 // terminate ends an agent as an operator does.
 func (r *running) terminate() {
 	r.t.Helper()
-	if err := r.Stop(10 * time.Second); err != nil {
+	if err := r.Stop(30 * time.Second); err != nil {
 		r.t.Errorf("the agent does not end well: %v", err)
 	}
 }
@@ -173,7 +173,7 @@ func (r *running) terminate() {
 // eventually waits for a status for which what returns "".
 func (s *site) eventually(what func(api.Status) string) api.Status {
 	s.t.Helper()
-	deadline := time.Now().Add(15 * time.Second)
+	deadline := time.Now().Add(time.Minute)
 	for {
 		status, err := api.NewClient(s.config.Socket).Status(s.t.Context())
 		complaint := fmt.Sprint(err)
@@ -297,7 +297,7 @@ func (s *site) ids() map[string]string {
 // request makes one request from the client outside to each VIP of a number.
 func (s *site) request(number int) {
 	s.t.Helper()
-	ctx, cancel := context.WithTimeout(s.t.Context(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(s.t.Context(), 30*time.Second)
 	defer cancel()
 	for _, vip := range []string{fmt.Sprintf("10.96.0.%d:80", number), fmt.Sprintf("[fd00:96::%d]:80", number)} {
 		c := testenv.NewHTTPClient(s.Client.Namespace, netip.AddrPort{})

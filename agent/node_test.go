@@ -106,7 +106,7 @@ func (s *site) echo() {
 // active backends, and nothing is left to do.
 func (s *site) inForce(manifest string) {
 	s.t.Helper()
-	deadline := time.Now().Add(15 * time.Second)
+	deadline := time.Now().Add(time.Minute)
 	for {
 		m, err := maps.Read(filepath.Join(s.config.BPFRoot, "maps"))
 		missing := fmt.Sprint(err)
@@ -154,7 +154,7 @@ func (s *site) change(manifest string) {
 }
 
 func (s *site) soon() context.Context {
-	ctx, cancel := context.WithTimeout(s.t.Context(), 5*time.Second)
+	ctx, cancel := context.WithTimeout(s.t.Context(), 30*time.Second)
 	s.t.Cleanup(cancel)
 	return ctx
 }
@@ -510,7 +510,7 @@ func (s *site) removedOf(h *testenv.Host) map[lb.VIP]bool {
 // wantRemoved waits until so many backends of a host are removed and not free.
 func (s *site) wantRemoved(when string, h *testenv.Host, want int) {
 	s.t.Helper()
-	deadline := time.Now().Add(15 * time.Second)
+	deadline := time.Now().Add(time.Minute)
 	for {
 		removed := s.removedOf(h)
 		for vip, named := range removed {

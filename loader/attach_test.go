@@ -549,7 +549,7 @@ func TestNoLinkHeader(t *testing.T) {
 				t.Fatal(err)
 			}
 			buffer := make([]byte, 2048)
-			socket.SetDeadline(time.Now().Add(5 * time.Second))
+			socket.SetDeadline(time.Now().Add(30 * time.Second))
 			n, from, err := socket.ReadFrom(buffer)
 			if err != nil {
 				t.Fatal(err)
@@ -561,7 +561,7 @@ func TestNoLinkHeader(t *testing.T) {
 				t.Fatal(err)
 			}
 			for {
-				wire.SetReadDeadline(time.Now().Add(5 * time.Second))
+				wire.SetReadDeadline(time.Now().Add(30 * time.Second))
 				n, err := wire.Read(buffer)
 				if err != nil {
 					t.Fatal(err)

@@ -442,7 +442,7 @@ func TestBridgedDirect(t *testing.T) {
 				t.Error(err)
 			}
 			client.Close()
-			if _, err := capture.Find(time.Second, func(f testenv.Frame) bool {
+			if _, err := capture.Find(5*time.Second, func(f testenv.Frame) bool {
 				p, err := testenv.Parse(f.Data)
 				return err == nil && !f.Outgoing && p.Source == at && p.TTL == 64
 			}); err != nil {
@@ -484,7 +484,7 @@ func TestTagBeside(t *testing.T) {
 func (l *lab) soon(what func() string) {
 	l.rig.t.Helper()
 	var complaint string
-	for end := time.Now().Add(5 * time.Second); time.Now().Before(end); time.Sleep(5 * time.Millisecond) {
+	for end := time.Now().Add(30 * time.Second); time.Now().Before(end); time.Sleep(5 * time.Millisecond) {
 		if complaint = what(); complaint == "" {
 			return
 		}

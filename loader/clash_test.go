@@ -124,19 +124,20 @@ func TestGossip(t *testing.T) {
 				}
 				defer sockets[side].Close()
 			}
-			var all sync.WaitGroup
+			var all, answered sync.WaitGroup
+			answered.Add(len(sockets))
 			for side, socket := range sockets {
 				peer := vip[1-side]
 				answers := make(chan string, questions)
 				all.Go(func() { // answers whoever asks
 					defer close(answers)
 					buffer := make([]byte, 2048)
-					socket.SetReadDeadline(time.Now().Add(5 * time.Second))
+					socket.SetReadDeadline(time.Now().Add(30 * time.Second))
 					for len(answers) < questions {
 						n, from, err := socket.ReadFrom(buffer)
 						if err != nil {
 							t.Errorf("side %d has %d answers of %d: %v", side, len(answers), questions, err)
-							return
+							break
 						}
 						switch text := string(buffer[:n]); text[0] {
 						case '?':
@@ -150,9 +151,8 @@ func TestGossip(t *testing.T) {
 							answers <- text
 						}
 					}
-					// The other side may still ask.
-					socket.SetReadDeadline(time.Now().Add(time.Second))
-					for {
+					answered.Done()
+					for { // the other side may still ask
 						n, from, err := socket.ReadFrom(buffer)
 						if err != nil {
 							return
@@ -171,6 +171,10 @@ func TestGossip(t *testing.T) {
 						time.Sleep(time.Millisecond)
 					}
 				})
+			}
+			answered.Wait()
+			for _, socket := range sockets {
+				socket.Close()
 			}
 			all.Wait()
 		})

@@ -5,7 +5,11 @@
 package loader_test
 
 import (
+	"crypto/ecdh"
+	"crypto/rand"
+	"encoding/base64"
 	"errors"
+	"fmt"
 	"net"
 	"net/netip"
 	"os"
@@ -19,7 +23,8 @@ import (
 	"github.com/lbagent/lbagent/maps"
 )
 
-// Devices that many a developer's kernel lacks, and that Debian's have: so `make vmtest` alone builds this file.
+// Devices and queues that many a developer's kernel lacks, and that Debian's have: so `make vmtest` alone builds this
+// file.
 
 // cable is a second way between the client and the node.
 type cable struct {
@@ -29,6 +34,8 @@ type cable struct {
 	vlan       uint16
 	// end returns one end's device, which lies on the device of the first cable.
 	end func(attributes netlink.LinkAttrs, under int, from, to *testenv.Host) netlink.Link
+	// join, if it is there, makes ends of two devices.
+	join func(*lab) error
 }
 
 const cableName = "cable0"
@@ -37,23 +44,26 @@ func cables() []cable {
 	both := []int{4, 6}
 	ip := func(a netip.Addr) net.IP { return a.AsSlice() }
 	return []cable{
-		{"VLAN", 14, both, 5, func(a netlink.LinkAttrs, under int, _, _ *testenv.Host) netlink.Link {
+		{kind: "VLAN", linkHeader: 14, families: both, vlan: 5, end: func(a netlink.LinkAttrs, under int, _, _ *testenv.Host) netlink.Link {
 			a.ParentIndex = under
 			return &netlink.Vlan{LinkAttrs: a, VlanId: 5}
 		}},
-		{"VXLAN", 14, both, 0, func(a netlink.LinkAttrs, under int, from, to *testenv.Host) netlink.Link {
+		{kind: "VXLAN", linkHeader: 14, families: both, end: func(a netlink.LinkAttrs, under int, from, to *testenv.Host) netlink.Link {
 			return &netlink.Vxlan{LinkAttrs: a, VxlanId: 5, Port: 4789, VtepDevIndex: under, SrcAddr: ip(from.IPv4), Group: ip(to.IPv4)}
 		}},
-		{"Geneve", 14, both, 0, func(a netlink.LinkAttrs, _ int, _, to *testenv.Host) netlink.Link {
+		{kind: "Geneve", linkHeader: 14, families: both, end: func(a netlink.LinkAttrs, _ int, _, to *testenv.Host) netlink.Link {
 			return &netlink.Geneve{LinkAttrs: a, ID: 5, Remote: ip(to.IPv4), Dport: 6081}
 		}},
-		{"IPIP", 0, []int{4}, 0, func(a netlink.LinkAttrs, _ int, from, to *testenv.Host) netlink.Link {
+		{kind: "IPIP", families: []int{4}, end: func(a netlink.LinkAttrs, _ int, from, to *testenv.Host) netlink.Link {
 			return &netlink.Iptun{LinkAttrs: a, Local: ip(from.IPv4), Remote: ip(to.IPv4)}
 		}},
-		{"GRE", 0, both, 0, func(a netlink.LinkAttrs, _ int, from, to *testenv.Host) netlink.Link {
+		{kind: "GRE", families: both, end: func(a netlink.LinkAttrs, _ int, from, to *testenv.Host) netlink.Link {
 			return &netlink.Gretun{LinkAttrs: a, Local: ip(from.IPv4), Remote: ip(to.IPv4)}
 		}},
-		{"bond", 14, both, 0, nil},
+		{kind: "WireGuard", families: both, end: func(a netlink.LinkAttrs, _ int, _, _ *testenv.Host) netlink.Link {
+			return &netlink.Wireguard{LinkAttrs: a}
+		}, join: (*lab).exchangeKeys},
+		{kind: "bond", linkHeader: 14, families: both}, // both ends at once
 	}
 }
 
@@ -113,6 +123,9 @@ func (l *lab) plug(c cable, nodes, clients map[int]netip.Addr) (device int) {
 	} else {
 		try(l.Node, add(l.Node, l.Client, l.Client.NodeDevice))
 		try(l.Client, add(l.Client, l.Node, "eth0"))
+	}
+	if c.join != nil {
+		l.rig.must(c.join(l))
 	}
 	up := func(own map[int]netip.Addr) (link netlink.Link, err error) {
 		if link, err = netlink.LinkByName(cableName); err != nil {
@@ -174,4 +187,85 @@ func (l *lab) bond(attributes netlink.LinkAttrs) error {
 		return err
 	}
 	return errors.Join(netlink.LinkSetMaster(veth, b), netlink.LinkSetUp(veth))
+}
+
+// exchangeKeys makes the two WireGuard devices peers, which may send each other everything.
+func (l *lab) exchangeKeys() error {
+	const port = 51820
+	key := map[*testenv.Host]*ecdh.PrivateKey{}
+	for _, host := range []*testenv.Host{l.Node, l.Client} {
+		var err error
+		if key[host], err = ecdh.X25519().GenerateKey(rand.Reader); err != nil {
+			return err
+		}
+	}
+	set := func(host, peer *testenv.Host) error {
+		_, err := host.Run(l.context(), base64.StdEncoding.EncodeToString(key[host].Bytes()),
+			"wg", "set", cableName, "listen-port", fmt.Sprint(port), "private-key", "/dev/stdin",
+			"peer", base64.StdEncoding.EncodeToString(key[peer].PublicKey().Bytes()),
+			"allowed-ips", "0.0.0.0/0,::/0", "endpoint", fmt.Sprintf("%s:%d", peer.IPv4, port))
+		return err
+	}
+	return errors.Join(set(l.Node, l.Client), set(l.Client, l.Node))
+}
+
+// TestBadNetwork: connections through a service stay whole where the network between client and node delays, loses,
+// doubles and reorders packets both ways, and no packet of theirs gets past the programs untranslated.
+func TestBadNetwork(t *testing.T) {
+	// Without segmentation a loss is that of one packet, not of a large part of the transfer.
+	l := newLab(t, testenv.Config{Backends: 2, Segmentation: testenv.OffloadOff})
+	for _, b := range l.Backends {
+		server, err := testenv.ServeEcho(t.Context(), b.Namespace, b.Name, fmt.Sprint(":", echoPort))
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { server.Close() })
+	}
+	ends := map[*testenv.Host]string{l.Node: l.Client.NodeDevice, l.Client: "eth0"}
+	for host, device := range ends {
+		err := host.Do(func() error {
+			link, err := netlink.LinkByName(device)
+			if err != nil {
+				return err
+			}
+			return netlink.QdiscReplace(netlink.NewNetem(
+				netlink.QdiscAttrs{LinkIndex: link.Attrs().Index, Parent: netlink.HANDLE_ROOT, Handle: netlink.MakeHandle(1, 0)},
+				netlink.NetemQdiscAttrs{Latency: 5000, Jitter: 1000, Limit: 10000, Loss: 2, Duplicate: 5, ReorderProb: 25, Gap: 1}))
+		})
+		if errors.Is(err, unix.ENOENT) {
+			t.Skip("this kernel has no netem")
+		} else if err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, family := range []int{4, 6} {
+		client := testenv.NewHTTPClient(l.Client.Namespace, netip.AddrPort{})
+		if err := client.Transfer(l.context(), l.vips[family], 1<<20); err != nil {
+			t.Errorf("IPv%d: %v; reasons %v", family, err, l.reasons())
+		}
+		client.Close()
+		// The service moves to the other backend after each connection's beginning: it stays where it began.
+		vip, service := netip.AddrPortFrom(l.vips[family].Addr(), 7), uint32(family)
+		ids := []uint32{service * 10, service*10 + 1}
+		for i, id := range ids {
+			l.rig.backend(id, service, netip.AddrPortFrom(l.Backends[i].Addr(family), echoPort), maps.BackendActive, 1)
+		}
+		l.rig.frontend(vip, service)
+		for i := range 20 {
+			l.rig.slots(service, ids[i%2])
+			c, err := testenv.DialEcho(l.context(), l.Client.Namespace, netip.AddrPort{}, vip)
+			if err != nil {
+				t.Errorf("IPv%d: %v; reasons %v", family, err, l.reasons())
+				continue
+			}
+			l.rig.slots(service, ids[(i+1)%2])
+			for range 5 {
+				if err := c.Say(l.context(), "still there?"); err != nil {
+					t.Errorf("IPv%d: %v; reasons %v", family, err, l.reasons())
+					break
+				}
+			}
+			c.Close()
+		}
+	}
 }

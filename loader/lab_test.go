@@ -238,7 +238,7 @@ func TestHeadersOutOfReach(t *testing.T) {
 			t.Fatal(err)
 		}
 		want := netip.AddrPortFrom(backend.Addr(family), serverPort)
-		if _, err := capture.Find(5*time.Second, func(f testenv.Frame) bool {
+		if _, err := capture.Find(30*time.Second, func(f testenv.Frame) bool {
 			got, err := testenv.Parse(f.Data)
 			return err == nil && got.Destination == want && len(got.Payload) == 6000 && testenv.CheckSums(f.Data) == nil
 		}); err != nil {
@@ -322,8 +322,8 @@ func TestReset(t *testing.T) {
 					if !errors.Is(err, unix.ECONNRESET) {
 						t.Errorf("%s, IPv%d: %v after %v, want a reset", c.from.Name, c.family, err, took)
 					}
-					// The retransmissions of 200, 400, ... ms: one comes within twice the timeout.
-					if took < labSilentBackend || took > 2*labSilentBackend+time.Second {
+					// The retransmissions of 200, 400, ... ms: one comes within twice the timeout, or later where all is slow.
+					if took < labSilentBackend || took > 10*labSilentBackend {
 						t.Errorf("%s, IPv%d: the reset came after %v", c.from.Name, c.family, took)
 					}
 				})
@@ -366,8 +366,8 @@ func TestLostHalfOfConnection(t *testing.T) {
 						defer server.Close()
 						say := func(from, to net.Conn, text string) {
 							t.Helper()
-							from.SetDeadline(time.Now().Add(5 * time.Second))
-							to.SetDeadline(time.Now().Add(5 * time.Second))
+							from.SetDeadline(time.Now().Add(30 * time.Second))
+							to.SetDeadline(time.Now().Add(30 * time.Second))
 							if _, err := io.WriteString(from, text); err != nil {
 								t.Fatal(err)
 							}
@@ -400,7 +400,7 @@ func TestLostHalfOfConnection(t *testing.T) {
 							time.Sleep(50 * time.Millisecond)
 							say(client, server, "are you there?")
 							got := make([]byte, 5)
-							client.SetDeadline(time.Now().Add(5 * time.Second))
+							client.SetDeadline(time.Now().Add(30 * time.Second))
 							if _, err := io.ReadFull(client, got); err != nil || string(got) != "first" {
 								t.Fatalf("%q came: %v", got, err)
 							}

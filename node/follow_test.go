@@ -69,7 +69,7 @@ func openFollower(t *testing.T) *Follower {
 // converge waits until the follower knows what a fresh listing says, and returns it.
 func converge(t *testing.T, f *Follower, after string) Snapshot {
 	t.Helper()
-	deadline := time.Now().Add(10 * time.Second)
+	deadline := time.Now().Add(time.Minute)
 	for {
 		want, err := List()
 		if err != nil {
@@ -321,7 +321,7 @@ func TestNext(t *testing.T) {
 		defer cancel()
 		return f.Next(ctx)
 	}
-	s, err := next(10 * time.Second)
+	s, err := next(30 * time.Second)
 	if err != nil || len(s.Devices) != 1 {
 		t.Fatalf("the first call: %v, %v", s, err)
 	}
@@ -334,7 +334,7 @@ func TestNext(t *testing.T) {
 	converge(t, f, "five devices")
 	// The last token may come just after what it stands for is seen.
 	for calls := 1; ; calls++ {
-		if s, err = next(time.Second); err != nil {
+		if s, err = next(10 * time.Second); err != nil {
 			t.Fatal(err)
 		}
 		if len(s.Devices) == 11 {

@@ -34,9 +34,9 @@ func TestDeliberate(t *testing.T) {
 		error, console string
 	}{
 		{"TestFail", short, "TestFail failed", "deliberate: fail"},
-		{"TestHang", short, "TestHang did not end within 10s", "deliberate: hang"},
+		{"TestHang", short, "TestHang did not end within 20s", "deliberate: hang"},
 		{"TestPanic", short, "the guest ended in TestPanic", "sysrq triggered crash"},
-		{"TestMemory", limits{boot: time.Minute, test: time.Minute, guest: 2 * time.Minute}, "the kernel said: ", "Out of memory: Killed process"},
+		{"TestMemory", limits{boot: 5 * time.Minute, test: 3 * time.Minute, guest: 8 * time.Minute}, "the kernel said: ", "Out of memory: Killed process"},
 	} {
 		t.Run(c.test, func(t *testing.T) {
 			t.Parallel()
@@ -47,6 +47,9 @@ func TestDeliberate(t *testing.T) {
 			}
 			if r.ok() || !strings.Contains(strings.Join(r.errors, "\n"), c.error) {
 				t.Errorf("errors %q, want %q", r.errors, c.error)
+			}
+			if c.test == "TestHang" {
+				wantGoroutine(t, r)
 			}
 			var table strings.Builder
 			print(&table, []*result{r})

@@ -23,12 +23,12 @@ const initScript = `#!/bin/sh
 mount -t proc proc /proc
 mount -t sysfs sysfs /sys
 mount -t devtmpfs devtmpfs /dev
-sh %s >/dev/ttyS1
+sh %s </dev/ttyS1 >/dev/ttyS1
 poweroff -f
 `
 
 func (m machine) qemuArgs(image, initramfs, console string) []string {
-	args := []string{"-smp", "2", "-m", "1024", "-nodefaults", "-no-reboot", "-display", "none",
+	args := []string{"-smp", m.cpus(), "-m", "1024", "-nodefaults", "-no-reboot", "-display", "none",
 		"-serial", "file:" + console, "-serial", "stdio", "-kernel", image, "-initrd", initramfs,
 		"-append", "console=ttyS0 panic=-1"}
 	if m.kvm {

@@ -13,10 +13,13 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"syscall"
 	"time"
+
+	"golang.org/x/sync/errgroup"
 )
 
 // The one version that the flags of run.go are known to fit.
@@ -84,11 +87,17 @@ func run(ctx context.Context) error {
 	}
 
 	logs := filepath.Join(module, ".cache", "vmtest")
-	limits := limits{boot: 90 * time.Second, test: 2 * time.Minute, guest: 12 * time.Minute}
-	var results []*result
-	for _, k := range kernels {
-		results = append(results, m.run(ctx, k, all, *tests, logs, limits))
+	limits := limits{boot: 5 * time.Minute, test: 5 * time.Minute, guest: 20 * time.Minute}
+	results := make([]*result, len(kernels))
+	var group errgroup.Group
+	group.SetLimit(runtime.NumCPU()) // a guest without KVM keeps one busy
+	for i, k := range kernels {
+		group.Go(func() error {
+			results[i] = m.run(ctx, k, all, *tests, logs, limits)
+			return nil
+		})
 	}
+	group.Wait()
 	fmt.Println()
 	print(os.Stdout, results)
 	fmt.Printf("consoles and output: %s\n", logs)
@@ -129,7 +138,9 @@ func prepare(ctx context.Context, kernels []kernel, cache string) (machine, erro
 		if err := runCommand(exec.CommandContext(ctx, "python3", "-m", "venv", "--clear", dir)); err != nil {
 			return m, fmt.Errorf("make a virtual environment for virtme-ng: %w", err)
 		}
-		if err := runCommand(exec.CommandContext(ctx, filepath.Join(dir, "bin", "pip"), "install", "-q", virtmeNG)); err != nil {
+		if err := patiently(ctx, func() error {
+			return runCommand(exec.CommandContext(ctx, filepath.Join(dir, "bin", "pip"), "install", "-q", virtmeNG))
+		}); err != nil {
 			return m, fmt.Errorf("install virtme-ng: %w", err)
 		}
 	}
@@ -140,10 +151,12 @@ func prepare(ctx context.Context, kernels []kernel, cache string) (machine, erro
 			continue
 		}
 		if k.fetch(ctx, cache) != nil { // the lists may be older than what the mirror has
-			if err := runCommand(exec.CommandContext(ctx, "apt-get", "-qq", "update")); err != nil {
-				return m, fmt.Errorf("update the lists of packages: %w", err)
-			}
-			if err := k.fetch(ctx, cache); err != nil {
+			if err := patiently(ctx, func() error {
+				if err := runCommand(exec.CommandContext(ctx, "apt-get", "-qq", "update")); err != nil {
+					return fmt.Errorf("update the lists of packages: %w", err)
+				}
+				return k.fetch(ctx, cache)
+			}); err != nil {
 				return m, err
 			}
 		}
@@ -153,6 +166,23 @@ func prepare(ctx context.Context, kernels []kernel, cache string) (machine, erro
 	}
 	return m, nil
 }
+
+// patiently tries three times what a mirror may refuse for a moment.
+func patiently(ctx context.Context, download func() error) error {
+	for try := 1; ; try++ {
+		err := download()
+		if err == nil || try == 3 || ctx.Err() != nil {
+			return err
+		}
+		fmt.Printf("%v; once more in %v\n", err, pause)
+		select {
+		case <-time.After(pause):
+		case <-ctx.Done():
+		}
+	}
+}
+
+const pause = 10 * time.Second
 
 // shell is a guest with the terminal of this process.
 func (m machine) shell(ctx context.Context, k kernel) error {

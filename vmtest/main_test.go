@@ -3,15 +3,17 @@
 package main
 
 import (
+	"errors"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 )
 
-var short = limits{boot: time.Minute, test: 10 * time.Second, guest: 90 * time.Second}
+var short = limits{boot: 5 * time.Minute, test: 20 * time.Second, guest: 6 * time.Minute}
 
 // failures are the tests of testdata/failures, which do what their names say.
 func failures(t *testing.T, run string) []*built {
@@ -50,12 +52,42 @@ func TestOnHost(t *testing.T) {
 			if r.ok() != (c.error == "") || !strings.Contains(strings.Join(r.errors, "\n"), c.error) {
 				t.Errorf("errors %q, want %q", r.errors, c.error)
 			}
+			if c.test == "TestHang" {
+				wantGoroutine(t, r)
+			}
 			var got tally
 			if g := r.rungs["failures"]; g != nil {
 				got = *g
 			}
 			if got.passed != c.rung.passed || got.failed != c.rung.failed || got.skipped != c.rung.skipped {
 				t.Errorf("counted %+v, want %+v", got, c.rung)
+			}
+		})
+	}
+}
+
+// wantGoroutine looks for the place where TestHang hangs.
+func wantGoroutine(t *testing.T, r *result) {
+	t.Helper()
+	var table strings.Builder
+	print(&table, []*result{r})
+	if !strings.Contains(table.String(), "failures.TestHang(") {
+		t.Errorf("nothing says where it hangs:\n%s", table.String())
+	}
+}
+
+func TestPatiently(t *testing.T) {
+	for failures, calls := range map[int]int{0: 1, 2: 3, 9: 3} {
+		synctest.Test(t, func(t *testing.T) {
+			n := 0
+			err := patiently(t.Context(), func() error {
+				if n++; n <= failures {
+					return errors.New("no answer")
+				}
+				return nil
+			})
+			if n != calls || (err == nil) != (failures < 3) {
+				t.Errorf("%d failures: %d calls and %v", failures, n, err)
 			}
 		})
 	}

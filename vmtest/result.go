@@ -27,6 +27,7 @@ type result struct {
 	running string // the test that runs, or the suite
 	errors  []string
 	console []string // its last lines
+	said    []string // by a test that did not end
 	took    time.Duration
 	counts  []string // verifier's instruction counts, as the golden file has them
 }
@@ -155,6 +156,9 @@ func (r *result) follow(suite string, events io.Reader, watch *watchdog) {
 			delete(output, e.Test)
 		}
 	}
+	for _, test := range sortedKeys(output) {
+		r.said = append(r.said, output[test]...)
+	}
 }
 
 func (r *result) count(t *tally, e event, parent bool, output []string) {
@@ -212,6 +216,9 @@ func cutLast(test string) (parent, name string, sub bool) {
 // ok tells whether all that was to run did, and passed.
 func (r *result) ok() bool { return len(r.errors) == 0 }
 
+// saidLines is enough for the goroutines of a test; the output file has them all.
+const saidLines = 200
+
 // print writes the table of all kernels, and below it what was skipped and why, and what failed.
 func print(w io.Writer, results []*result) {
 	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
@@ -246,6 +253,9 @@ func print(w io.Writer, results []*result) {
 	for _, r := range results {
 		for _, e := range r.errors {
 			fmt.Fprintf(w, "%s: %s\n", r.kernel.name, e)
+		}
+		if said := r.said[:min(len(r.said), saidLines)]; len(said) > 0 {
+			fmt.Fprintf(w, "%s: what did not end said:\n\t%s\n", r.kernel.name, strings.Join(said, "\n\t"))
 		}
 		if len(r.errors) > 0 && len(r.console) > 0 {
 			fmt.Fprintf(w, "%s: the last lines of its console:\n\t%s\n", r.kernel.name, strings.Join(r.console, "\n\t"))

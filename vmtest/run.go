@@ -14,6 +14,7 @@ import (
 	"regexp"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"time"
 )
@@ -58,12 +59,15 @@ func script(suites []*built, guest bool, run string) string {
 		// What no system call asks for by itself.
 		b.WriteString("for module in tun br_netfilter; do modprobe $module 2>/dev/null; done\n")
 	}
-	fmt.Fprintf(&b, "echo '%s'\n", markBoot)
+	fmt.Fprintf(&b, "exec 3<&0\necho '%s'\n", markBoot)
 	for _, s := range suites {
 		fmt.Fprintf(&b, "cd %s\necho '%s%s'\n", quote(s.dir), markBegin, s.name)
 		// Lines, not blocks, reach the host at once: a test binary does not buffer what it writes.
-		fmt.Fprintf(&b, "%s -test.short -test.v=test2json -test.run %s 2>&1\n", quote(s.binary), quote(run))
-		fmt.Fprintf(&b, "status=$?; echo; echo \"%s%s $status\"\n", markEnd, s.name)
+		fmt.Fprintf(&b, "%s -test.short -test.v=test2json -test.run %s 2>&1 &\ntest=$!\n", quote(s.binary), quote(run))
+		// A line from outside has a test that hangs say where.
+		b.WriteString("{ read line && kill -QUIT $test; } <&3 >/dev/null 2>&1 &\nlistener=$!\n")
+		b.WriteString("wait $test\nstatus=$?\nkill $listener 2>/dev/null\n")
+		fmt.Fprintf(&b, "echo; echo \"%s%s $status\"\n", markEnd, s.name)
 	}
 	fmt.Fprintf(&b, "echo '%s'\n", markDone)
 	return b.String()
@@ -91,9 +95,18 @@ func (m machine) runner(k kernel) (name string) {
 	return name
 }
 
+// cpus is how many a guest has. Emulated, a second one doubles the time that a test takes, and has guests die of code
+// that the kernel changes while the other runs it.
+func (m machine) cpus() string {
+	if m.kvm {
+		return "2"
+	}
+	return "1"
+}
+
 // vngArgs is the command line of virtme-ng, but for what runs in the guest.
 func (m machine) vngArgs(k kernel) []string {
-	args := []string{"-v", "-r", k.image, "--memory", "1G", "--cpus", "2", "--user", "root", "--append", blacklist}
+	args := []string{"-v", "-r", k.image, "--memory", "1G", "--cpus", m.cpus(), "--user", "root", "--append", blacklist}
 	if !m.kvm {
 		args = append(args, "--disable-kvm") // else it takes /dev/kvm for granted where that opens
 	}
@@ -168,10 +181,14 @@ func (m machine) start(ctx context.Context, k kernel, suites []*built, run, logs
 		cmd = exec.CommandContext(ctx, m.vng, append(m.vngArgs(k), "--", "sh "+path)...)
 	}
 	cmd.Env = m.environment()
-	// A group of its own: to kill vng alone would leave QEMU. Standard input is /dev/null, which vng insists on.
+	// A group of its own: to kill vng alone would leave QEMU.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
 	cmd.WaitDelay = 5 * time.Second
+	stdin, err := cmd.StdinPipe()
+	if err != nil {
+		return err
+	}
 	stdout, err := cmd.StdoutPipe() // a pipe: vng spoils a file
 	if err != nil {
 		return err
@@ -192,7 +209,7 @@ func (m machine) start(ctx context.Context, k kernel, suites []*built, run, logs
 		return fmt.Errorf("start the guest: %w", err)
 	}
 
-	watch := newWatchdog(l, cancel)
+	watch := newWatchdog(l, cancel, func() { io.WriteString(stdin, "quit\n") })
 	defer watch.stop()
 	err = r.read(io.TeeReader(stdout, outputFile), watch)
 	if err != nil {
@@ -246,33 +263,45 @@ func (t *tail) Write(b []byte) (int, error) {
 
 // watchdog ends a guest that takes too long: to boot, for one test, or in all.
 type watchdog struct {
-	limits limits
-	cancel context.CancelCauseFunc
-	guest  *time.Timer
-	step   *time.Timer
+	limits  limits
+	cancel  context.CancelCauseFunc
+	quit    func() // has the test binary write its goroutines and end
+	expired atomic.Pointer[error]
+	guest   *time.Timer
+	step    *time.Timer
 }
 
-func newWatchdog(l limits, cancel context.CancelCauseFunc) *watchdog {
-	w := &watchdog{limits: l, cancel: cancel}
-	w.guest = time.AfterFunc(l.guest, func() { cancel(fmt.Errorf("the guest did not end within %v", l.guest)) })
-	w.begin("the boot", l.boot)
+// quitTime is what a test binary gets to write its goroutines, before the guest is killed.
+const quitTime = 10 * time.Second
+
+func newWatchdog(l limits, cancel context.CancelCauseFunc, quit func()) *watchdog {
+	w := &watchdog{limits: l, cancel: cancel, quit: quit}
+	w.guest = w.after(l.guest, "the guest")
+	w.step = time.AfterFunc(l.boot, func() { cancel(tooLate("the boot", l.boot)) })
 	return w
+}
+
+func tooLate(what string, limit time.Duration) error {
+	return fmt.Errorf("%s did not end within %v", what, limit)
+}
+
+func (w *watchdog) after(limit time.Duration, what string) *time.Timer {
+	return time.AfterFunc(limit, func() {
+		if err := tooLate(what, limit); w.expired.CompareAndSwap(nil, &err) {
+			w.quit()
+			time.AfterFunc(quitTime, func() { w.cancel(err) })
+		}
+	})
 }
 
 // begin replaces the step that is timed.
 func (w *watchdog) begin(what string, limit time.Duration) {
-	w.end()
-	w.step = time.AfterFunc(limit, func() { w.cancel(fmt.Errorf("%s did not end within %v", what, limit)) })
-}
-
-func (w *watchdog) end() {
-	if w.step != nil {
-		w.step.Stop()
-	}
+	w.step.Stop()
+	w.step = w.after(limit, what)
 }
 
 func (w *watchdog) stop() {
-	w.end()
+	w.step.Stop()
 	w.guest.Stop()
 }
 
@@ -291,7 +320,7 @@ func (r *result) read(output io.Reader, watch *watchdog) error {
 		switch {
 		case text == markBoot:
 			r.booted = true
-			watch.end()
+			watch.step.Stop()
 		case strings.HasPrefix(text, markBegin):
 			r.running = "the suite " + strings.TrimPrefix(text, markBegin)
 			watch.begin(r.running, watch.limits.test)
@@ -301,8 +330,11 @@ func (r *result) read(output io.Reader, watch *watchdog) error {
 		case strings.HasPrefix(text, markEnd) && events != nil:
 			closed := events.close()
 			events = nil
-			watch.end()
+			watch.step.Stop()
 			name, status, _ := strings.Cut(strings.TrimPrefix(text, markEnd), " ")
+			if expired := watch.expired.Load(); expired != nil {
+				return *expired
+			}
 			r.ended(name, status)
 			if closed != nil {
 				return closed
