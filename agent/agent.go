@@ -80,7 +80,7 @@ func Run(ctx context.Context, c Config) (err error) {
 
 	a := &agent{
 		config: c, started: time.Now(), maps: m, folder: folder, objects: objects,
-		table: resolve.NewTable(), reconciler: reconciler, programs: programs,
+		table: resolve.NewTable(resolve.Options{}), reconciler: reconciler, programs: programs,
 		names: make(chan []source.Name), hosts: make(chan node.Snapshot), host: host.Snapshot(),
 		sweepBegins: make(chan struct{}), sweepEnds: make(chan walk),
 		holding: len(folder.Held()) > 0,

@@ -225,7 +225,8 @@ type Endpoint struct {
 	Node, Zone string // where it is; "" where that is not known
 	Weight     uint16
 	// Cluster and Local are why new flows of that scope do not choose it: "not ready", "on another node",
-	// "another zone", "terminating, and ready ones exist". "": they do.
+	// "hinted to another zone", "terminating, and ready ones exist". "": they do. Local says so also where no
+	// policy of the service asks for that scope.
 	Cluster, Local string
 }
 

@@ -30,40 +30,190 @@ const (
 	ready
 )
 
-// endpoint is one entry of an EndpointSlice at one of its ports.
+// Why an endpoint is not chosen in a scope.
+const (
+	notReady            = "not ready"
+	notReadyNotServing  = "not ready and not serving"
+	terminating         = "terminating, and ready ones exist"
+	terminatingNotReady = "terminating, not serving"
+	hintedToNode        = "hinted to another node"
+	hintedToZone        = "hinted to another zone"
+	elsewhere           = "on another node"
+	nowhere             = "not known to be on this node"
+	weightless          = "weight 0"
+)
+
+// endpoint is one entry of an EndpointSlice at one of its ports, and what becomes of it.
 type endpoint struct {
-	addr netip.AddrPort
-	use  usability
+	addr        netip.AddrPort
+	use         usability
+	terminating bool
+	node, zone  string
+	nodes       []discoveryv1.ForNode // that it is hinted to
+	zones       []discoveryv1.ForZone // likewise
+	weight      int                   // noWeight where nothing says it
+
+	cluster, local string // why new flows of the scope do not choose it; "": they do
 }
 
-// backends returns the endpoints of a service. The order of the slices and of what is in them has no effect.
-func backends(service lb.ServiceName, endpointSlices []*discoveryv1.EndpointSlice) []lb.Backend {
-	var all []endpoint
-	for _, s := range endpointSlices {
-		if string(s.AddressType) == service.Family.String() {
-			all = appendEndpoints(all, service, s)
-		}
+// noWeight is less than any weight that is said.
+const noWeight = -1
+
+func (e *endpoint) share() uint16 {
+	if e.weight == noWeight {
+		return 1
 	}
-	all = distinct(all)
-	noneReady := !slices.ContainsFunc(all, func(e endpoint) bool { return e.use == ready })
+	return uint16(e.weight)
+}
+
+// backends returns the endpoints of a service that are of use. The order of the slices and of what is in them
+// has no effect. Without local, for a service without a policy Local, none is Local, and it does not matter
+// which node they are on.
+func backends(service lb.ServiceName, endpointSlices []weighted, local bool, host *reader) []lb.Backend {
 	var list []lb.Backend
-	for _, e := range all {
+	for _, e := range chosen(service, endpointSlices, local, host) {
 		if e.use == useless {
 			continue
 		}
 		list = append(list, lb.Backend{
 			Addr:    e.addr,
-			Cluster: e.use == ready || noneReady && e.use == draining,
+			Cluster: e.cluster == "",
+			Local:   local && e.local == "",
 			Serving: true,
+			Weight:  e.share(),
 		})
 	}
 	return list
 }
 
+// viewEndpoints returns all endpoints of a service, for people.
+func viewEndpoints(service lb.ServiceName, endpointSlices []*discoveryv1.EndpointSlice, options *Options, n *node) []lb.Endpoint {
+	counted, _ := weightedSlices(ourSlices(endpointSlices, options))
+	var list []lb.Endpoint
+	for _, e := range chosen(service, counted, true, &reader{node: n}) {
+		v := lb.Endpoint{
+			Addr: e.addr, Node: e.node, Zone: e.zone, Weight: e.share(),
+			Cluster: e.cluster, Local: e.local,
+		}
+		if v.Node == "" && n.has(e.addr.Addr()) {
+			v.Node = n.name
+		}
+		if v.Weight == 0 {
+			v.Cluster = cmp.Or(v.Cluster, weightless)
+			v.Local = cmp.Or(v.Local, weightless)
+		}
+		list = append(list, v)
+	}
+	return list
+}
+
+// chosen returns the endpoints of a service, sorted by address, with what becomes of them in the scope
+// Cluster, and if asked for in the scope Local: the scopes choose independently of each other.
+func chosen(service lb.ServiceName, endpointSlices []weighted, local bool, host *reader) []endpoint {
+	var all []endpoint
+	for i := range endpointSlices {
+		all = appendEndpoints(all, service, &endpointSlices[i])
+	}
+	all = distinct(all)
+	chooseCluster(all, host)
+	if local {
+		chooseLocal(all, host)
+	}
+	return all
+}
+
+// chooseCluster chooses among all endpoints: the ready ones, of these those that hints bring to this node,
+// and where none is ready those that drain.
+func chooseCluster(all []endpoint, host *reader) {
+	noneReady := !slices.ContainsFunc(all, func(e endpoint) bool { return e.use == ready })
+	hinted := hints(all, host)
+	for i := range all {
+		e := &all[i]
+		e.cluster = unusable(e, noneReady)
+		if e.cluster == "" && e.use == ready {
+			e.cluster = hinted(e)
+		}
+	}
+}
+
+// chooseLocal chooses among the endpoints on this node: the ready ones, and where none of them is those that
+// drain. Hints have no say.
+func chooseLocal(all []endpoint, host *reader) {
+	noneReady := true
+	for i := range all {
+		e := &all[i]
+		switch {
+		case host.isHere(e.node, e.addr.Addr()):
+			e.local = ""
+			noneReady = noneReady && e.use != ready
+		case e.node != "":
+			e.local = elsewhere
+		default:
+			e.local = nowhere
+		}
+	}
+	for i := range all {
+		if e := &all[i]; e.local == "" {
+			e.local = unusable(e, noneReady)
+		}
+	}
+}
+
+// unusable says why an endpoint is not usable in a scope, "" where it is.
+func unusable(e *endpoint, noneReady bool) string {
+	switch {
+	case e.use == ready, e.use == draining && noneReady:
+		return ""
+	case e.use == draining:
+		return terminating
+	case e.use == keeping:
+		return notReady
+	case e.terminating:
+		return terminatingNotReady
+	}
+	return notReadyNotServing
+}
+
+// hints says what the hints of the ready endpoints mean for one of them here: why it is not chosen, "" where
+// it is. They mean something only where all have them and some bring to this node; a hint to the node goes
+// before one to its zone.
+func hints(all []endpoint, host *reader) func(*endpoint) string {
+	forNode := func(e *endpoint) bool {
+		return slices.ContainsFunc(e.nodes, func(h discoveryv1.ForNode) bool { return h.Name == host.name() })
+	}
+	forZone := func(e *endpoint) bool {
+		return slices.ContainsFunc(e.zones, func(h discoveryv1.ForZone) bool { return h.Name == host.zone() })
+	}
+	nodes, zones, toNode, toZone := true, true, false, false
+	for i := range all {
+		if e := &all[i]; e.use == ready {
+			nodes, zones = nodes && len(e.nodes) > 0, zones && len(e.zones) > 0
+			toNode, toZone = toNode || forNode(e), toZone || forZone(e)
+		}
+	}
+	switch {
+	case nodes && toNode && host.name() != "":
+		return func(e *endpoint) string { return unless(forNode(e), hintedToNode) }
+	case zones && toZone && host.zone() != "":
+		return func(e *endpoint) string { return unless(forZone(e), hintedToZone) }
+	}
+	return func(*endpoint) string { return "" }
+}
+
+func unless(ok bool, reason string) string {
+	if ok {
+		return ""
+	}
+	return reason
+}
+
 // appendEndpoints appends the endpoints of a slice at the ports that belong to a service. Addresses beyond an
 // endpoint's first have no meaning (API doc of Endpoint.addresses). One that is not of the slice's family,
 // or no IP address, is left out; who delivers the slice has validated it.
-func appendEndpoints(all []endpoint, service lb.ServiceName, s *discoveryv1.EndpointSlice) []endpoint {
+func appendEndpoints(all []endpoint, service lb.ServiceName, s *weighted) []endpoint {
+	if string(s.AddressType) != service.Family.String() {
+		return all
+	}
 	for i := range s.Ports {
 		number, ok := endpointPort(&s.Ports[i], service)
 		if !ok {
@@ -71,15 +221,30 @@ func appendEndpoints(all []endpoint, service lb.ServiceName, s *discoveryv1.Endp
 		}
 		for j := range s.Endpoints {
 			e := &s.Endpoints[j]
-			if len(e.Addresses) == 0 {
+			addr, ok := firstAddress(e)
+			if !ok || lb.FamilyOf(addr) != service.Family {
 				continue
 			}
-			if addr, ok := parseAddr(e.Addresses[0]); ok && lb.FamilyOf(addr) == service.Family {
-				all = append(all, endpoint{netip.AddrPortFrom(addr, number), usabilityOf(&e.Conditions)})
+			it := endpoint{
+				addr: netip.AddrPortFrom(addr, number),
+				use:  usabilityOf(&e.Conditions), terminating: deref(e.Conditions.Terminating, false),
+				node: deref(e.NodeName, ""), zone: deref(e.Zone, ""),
+				weight: s.weight(addr),
 			}
+			if e.Hints != nil {
+				it.nodes, it.zones = e.Hints.ForNodes, e.Hints.ForZones
+			}
+			all = append(all, it)
 		}
 	}
 	return all
+}
+
+func firstAddress(e *discoveryv1.Endpoint) (netip.Addr, bool) {
+	if len(e.Addresses) == 0 {
+		return netip.Addr{}, false
+	}
+	return parseAddr(e.Addresses[0])
 }
 
 // endpointPort returns the number of a slice's port if it belongs to the service: if it has its name and
@@ -106,12 +271,27 @@ func usabilityOf(c *discoveryv1.EndpointConditions) usability {
 }
 
 // distinct sorts endpoints by address. Of those of one address the most usable stays: a pod may stand in two
-// slices while the controller moves it, with conditions of different age.
+// slices while the controller moves it, with conditions of different age. A weight that is said beats none.
 func distinct(all []endpoint) []endpoint {
 	slices.SortFunc(all, func(a, b endpoint) int {
-		return cmp.Or(a.addr.Compare(b.addr), cmp.Compare(b.use, a.use))
+		return cmp.Or(
+			a.addr.Compare(b.addr), cmp.Compare(b.use, a.use), cmp.Compare(b.weight, a.weight),
+			// The rest is for an order that is always the same.
+			compareBool(a.terminating, b.terminating), cmp.Compare(a.node, b.node), cmp.Compare(a.zone, b.zone),
+			slices.CompareFunc(a.nodes, b.nodes, func(a, b discoveryv1.ForNode) int { return cmp.Compare(a.Name, b.Name) }),
+			slices.CompareFunc(a.zones, b.zones, func(a, b discoveryv1.ForZone) int { return cmp.Compare(a.Name, b.Name) }))
 	})
 	return slices.CompactFunc(all, func(a, b endpoint) bool { return a.addr == b.addr })
+}
+
+func compareBool(a, b bool) int {
+	switch {
+	case a == b:
+		return 0
+	case a:
+		return 1
+	}
+	return -1
 }
 
 func deref[T any](p *T, otherwise T) T {

@@ -3,7 +3,9 @@
 package resolve
 
 import (
+	"fmt"
 	"net/netip"
+	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -44,7 +46,13 @@ func sliceOf(family discoveryv1.AddressType, port discoveryv1.EndpointPort, endp
 }
 
 func backend(addr string, cluster, serving bool) lb.Backend {
-	return lb.Backend{Addr: netip.MustParseAddrPort(addr), Cluster: cluster, Serving: serving}
+	return lb.Backend{Addr: netip.MustParseAddrPort(addr), Cluster: cluster, Serving: serving, Weight: 1}
+}
+
+// backendsOf returns the backends of a service without policies, on a node of which nothing is known.
+func backendsOf(service lb.ServiceName, endpointSlices []*discoveryv1.EndpointSlice) []lb.Backend {
+	counted, _ := weightedSlices(endpointSlices)
+	return backends(service, counted, false, &reader{node: &node{}})
 }
 
 func TestNilConditions(t *testing.T) {
@@ -106,7 +114,7 @@ func TestUsableEndpoints(t *testing.T) {
 			slices := []*discoveryv1.EndpointSlice{
 				sliceOf("IPv4", portOf("http", "TCP", 8080), tt.endpoints...),
 			}
-			if diff := cmp.Diff(tt.want, backends(web, slices), compareValues); diff != "" {
+			if diff := cmp.Diff(tt.want, backendsOf(web, slices), compareValues); diff != "" {
 				t.Errorf("backends (-want +got):\n%s", diff)
 			}
 		})
@@ -132,7 +140,7 @@ func TestSameAddressTwice(t *testing.T) {
 					sliceOf("IPv4", portOf("http", "TCP", 8080), endpointOf("10.0.0.1", order[0])),
 					sliceOf("IPv4", portOf("http", "TCP", 8080), endpointOf("10.0.0.1", order[1])),
 				}
-				if diff := cmp.Diff(tt.want, backends(web, slices), compareValues); diff != "" {
+				if diff := cmp.Diff(tt.want, backendsOf(web, slices), compareValues); diff != "" {
 					t.Errorf("%q (-want +got):\n%s", order, diff)
 				}
 			}
@@ -144,7 +152,7 @@ func TestSameAddressTwice(t *testing.T) {
 			sliceOf("IPv4", portOf("http", "TCP", 8081), endpointOf("10.0.0.1", "---")),
 			sliceOf("IPv4", portOf("http", "TCP", 8080), endpointOf("10.0.0.1", "---")),
 		}
-		if diff := cmp.Diff(want, backends(web, slices), compareValues); diff != "" {
+		if diff := cmp.Diff(want, backendsOf(web, slices), compareValues); diff != "" {
 			t.Errorf("(-want +got):\n%s", diff)
 		}
 	})
@@ -179,7 +187,7 @@ func TestPortsByNameAndProtocol(t *testing.T) {
 				want = []lb.Backend{backend(tt.want, true, true)}
 			}
 			slices := []*discoveryv1.EndpointSlice{sliceOf("IPv4", tt.port, endpointOf("10.0.0.1", "---"))}
-			if diff := cmp.Diff(want, backends(tt.service, slices), compareValues); diff != "" {
+			if diff := cmp.Diff(want, backendsOf(tt.service, slices), compareValues); diff != "" {
 				t.Errorf("(-want +got):\n%s", diff)
 			}
 		})
@@ -190,7 +198,7 @@ func TestPortsByNameAndProtocol(t *testing.T) {
 			sliceOf("IPv4", portOf("http", "TCP", 8080), endpointOf("10.0.0.1", "---")),
 			sliceOf("IPv4", portOf("http", "TCP", 9090), endpointOf("10.0.0.2", "---")),
 		}
-		if diff := cmp.Diff(want, backends(web, slices), compareValues); diff != "" {
+		if diff := cmp.Diff(want, backendsOf(web, slices), compareValues); diff != "" {
 			t.Errorf("(-want +got):\n%s", diff)
 		}
 	})
@@ -226,7 +234,145 @@ func TestEndpointsOfOwnFamily(t *testing.T) {
 			slices := []*discoveryv1.EndpointSlice{
 				sliceOf(tt.addressType, portOf("http", "TCP", 8080), discoveryv1.Endpoint{Addresses: tt.addresses}),
 			}
-			if diff := cmp.Diff(want, backends(service, slices), compareValues); diff != "" {
+			if diff := cmp.Diff(want, backendsOf(service, slices), compareValues); diff != "" {
+				t.Errorf("(-want +got):\n%s", diff)
+			}
+		})
+	}
+}
+
+// endpointOn is an endpoint on a node; "" for one that does not say.
+func endpointOn(nodeName, addr, cond string) discoveryv1.Endpoint {
+	e := endpointOf(addr, cond)
+	if nodeName != "" {
+		e.NodeName = &nodeName
+	}
+	return e
+}
+
+// hintedTo returns an endpoint with hints: "z:a n:n1" to zone a and node n1.
+func hintedTo(hints string, e discoveryv1.Endpoint) discoveryv1.Endpoint {
+	e.Hints = &discoveryv1.EndpointHints{}
+	for hint := range strings.FieldsSeq(hints) {
+		if name, ok := strings.CutPrefix(hint, "z:"); ok {
+			e.Hints.ForZones = append(e.Hints.ForZones, discoveryv1.ForZone{Name: name})
+		} else {
+			e.Hints.ForNodes = append(e.Hints.ForNodes, discoveryv1.ForNode{Name: strings.TrimPrefix(hint, "n:")})
+		}
+	}
+	return e
+}
+
+// chosenText says what becomes of the endpoints 10.0.0.x: "1: yes | on another node".
+func chosenText(n *node, endpoints []discoveryv1.Endpoint) []string {
+	slice := sliceOf("IPv4", portOf("http", "TCP", 8080), endpoints...)
+	var all []string
+	for _, e := range viewEndpoints(web, []*discoveryv1.EndpointSlice{slice}, &Options{}, n) {
+		last := e.Addr.Addr().As4()[3]
+		all = append(all, fmt.Sprintf("%d: %s | %s", last, orYes(e.Cluster), orYes(e.Local)))
+	}
+	return all
+}
+
+func orYes(reason string) string {
+	if reason == "" {
+		return "yes"
+	}
+	return reason
+}
+
+// TestScopes: Cluster and Local fall back independently of each other, and say why.
+func TestScopes(t *testing.T) {
+	const isReady, isDraining, isKeeping, isUseless = "yyn", "nyy", "nyn", "nnn"
+	here, there := func(addr, cond string) discoveryv1.Endpoint { return endpointOn("here", addr, cond) },
+		func(addr, cond string) discoveryv1.Endpoint { return endpointOn("there", addr, cond) }
+	n := nodeOf(Host{Name: "here", Addresses: addrs("10.0.0.8"), PodRoutes: prefixes("10.0.0.9/32")})
+	cluster := nodeOf(Host{Name: "here", Addresses: addrs("10.0.0.8")})
+	nameless := nodeOf(Host{})
+	for _, tt := range []struct {
+		name      string
+		node      *node
+		endpoints []discoveryv1.Endpoint
+		want      []string
+	}{
+		{"ready ones", &n, []discoveryv1.Endpoint{here("10.0.0.1", isReady), there("10.0.0.2", isReady)},
+			[]string{"1: yes | yes", "2: yes | on another node"}},
+		{"ready elsewhere, draining here", &n, []discoveryv1.Endpoint{here("10.0.0.1", isDraining), there("10.0.0.2", isReady)},
+			[]string{"1: terminating, and ready ones exist | yes", "2: yes | on another node"}},
+		{"ready here, draining elsewhere", &n, []discoveryv1.Endpoint{here("10.0.0.1", isReady), there("10.0.0.2", isDraining)},
+			[]string{"1: yes | yes", "2: terminating, and ready ones exist | on another node"}},
+		{"ready and draining here", &n, []discoveryv1.Endpoint{here("10.0.0.1", isReady), here("10.0.0.2", isDraining)},
+			[]string{"1: yes | yes", "2: terminating, and ready ones exist | terminating, and ready ones exist"}},
+		{"draining everywhere", &n, []discoveryv1.Endpoint{here("10.0.0.1", isDraining), there("10.0.0.2", isDraining)},
+			[]string{"1: yes | yes", "2: yes | on another node"}},
+		{"of no use", &n, []discoveryv1.Endpoint{here("10.0.0.1", isKeeping), here("10.0.0.2", isUseless), here("10.0.0.3", "nny")},
+			[]string{"1: not ready | not ready", "2: not ready and not serving | not ready and not serving",
+				"3: terminating, not serving | terminating, not serving"}},
+		{"no nodeName: by address", &n,
+			[]discoveryv1.Endpoint{endpointOf("10.0.0.7", isReady), endpointOf("10.0.0.8", isReady), endpointOf("10.0.0.9", isReady)},
+			[]string{"7: yes | not known to be on this node", "8: yes | yes", "9: yes | yes"}},
+		{"no nodeName in a cluster: elsewhere", &cluster, []discoveryv1.Endpoint{endpointOf("10.0.0.8", isReady)},
+			[]string{"8: yes | not known to be on this node"}},
+		{"a nodeName goes before the address", &n, []discoveryv1.Endpoint{there("10.0.0.9", isReady)},
+			[]string{"9: yes | on another node"}},
+		{"the name of this node is not known", &nameless, []discoveryv1.Endpoint{endpointOf("10.0.0.1", isReady), here("10.0.0.2", isReady)},
+			[]string{"1: yes | not known to be on this node", "2: yes | on another node"}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			if diff := cmp.Diff(tt.want, chosenText(tt.node, tt.endpoints)); diff != "" {
+				t.Errorf("(-want +got):\n%s", diff)
+			}
+		})
+	}
+}
+
+// TestTopology: the hints of all ready endpoints together decide, in the scope Cluster alone.
+func TestTopology(t *testing.T) {
+	const isReady, isDraining, isUseless = "yyn", "nyy", "nnn"
+	const otherNode, otherZone = "hinted to another node", "hinted to another zone"
+	in := func(zone string) Host { return Host{Name: "n1", Zone: zone} }
+	endpoints := func(hints ...string) (all []discoveryv1.Endpoint) { // "ready z:a"
+		for i, h := range hints {
+			state, hint, _ := strings.Cut(h, " ")
+			cond := map[string]string{"ready": isReady, "draining": isDraining, "useless": isUseless}[state]
+			all = append(all, hintedTo(hint, endpointOn("n1", fmt.Sprintf("10.0.0.%d", i+1), cond)))
+		}
+		return all
+	}
+	for _, tt := range []struct {
+		name      string
+		host      Host
+		endpoints []discoveryv1.Endpoint
+		want      []string // why not, in the scope Cluster
+	}{
+		{"no hints", in("a"), endpoints("ready", "ready"), []string{"", ""}},
+		{"this zone", in("a"), endpoints("ready z:a", "ready z:b", "ready z:b z:a"), []string{"", otherZone, ""}},
+		{"no hint to this zone: all", in("c"), endpoints("ready z:a", "ready z:b"), []string{"", ""}},
+		{"one without a zone hint: all", in("a"), endpoints("ready z:a", "ready"), []string{"", ""}},
+		{"one without, not ready: no matter", in("a"), endpoints("ready z:a", "useless", "draining", "ready z:b"),
+			[]string{"", "not ready and not serving", "terminating, and ready ones exist", otherZone}},
+		{"the only hint to this zone is of one not ready: all", in("a"), endpoints("ready z:b", "useless z:a", "draining z:a"),
+			[]string{"", "not ready and not serving", "terminating, and ready ones exist"}},
+		{"no zone of this node: all", in(""), endpoints("ready z:a", "ready z:"), []string{"", ""}},
+		{"this node", in("a"), endpoints("ready n:n1", "ready n:n2", "ready n:n2 n:n1"), []string{"", otherNode, ""}},
+		{"node before zone", in("a"), endpoints("ready n:n1 z:b", "ready n:n2 z:a"), []string{"", otherNode}},
+		{"no hint to this node: by zone", in("a"), endpoints("ready n:n2 z:a", "ready n:n3 z:b"), []string{"", otherZone}},
+		{"one without a node hint: by zone", in("a"), endpoints("ready n:n1 z:b", "ready z:a"), []string{otherZone, ""}},
+		{"no name of this node: by zone", Host{Zone: "a"}, endpoints("ready n: z:a", "ready n:n2 z:b"), []string{"", otherZone}},
+		{"neither: all", in("c"), endpoints("ready n:n2 z:a", "ready n:n3 z:b"), []string{"", ""}},
+		{"none ready: hints are off", in("a"), endpoints("draining z:a", "draining z:b"), []string{"", ""}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			n := nodeOf(tt.host)
+			slice := []*discoveryv1.EndpointSlice{sliceOf("IPv4", portOf("http", "TCP", 8080), tt.endpoints...)}
+			var got []string
+			for i, e := range viewEndpoints(web, slice, &Options{}, &n) {
+				got = append(got, e.Cluster)
+				if strings.HasPrefix(e.Local, "hinted") {
+					t.Errorf("hints have a say in the scope Local: endpoint %d", i)
+				}
+			}
+			if diff := cmp.Diff(tt.want, got); diff != "" {
 				t.Errorf("(-want +got):\n%s", diff)
 			}
 		})

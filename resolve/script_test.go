@@ -6,7 +6,6 @@ import (
 	"cmp"
 	"flag"
 	"fmt"
-	"slices"
 	"strings"
 	"testing"
 
@@ -21,18 +20,21 @@ var update = flag.Bool("update", false, "rewrite what the scripts in testdata ex
 
 // TestScripts runs the scripts in testdata: manifests in, services and problems out. Their commands:
 //
-//	apply FILE...            put the Services and EndpointSlices of manifests in place
-//	delete KIND NS/NAME...   take Services or EndpointSlices away
-//	dump                     print all services, then all problems
+//	options FILE             begin anew with these Options
+//	host FILE                say what is known of the node
+//	apply FILE...            put the Services, EndpointSlices and Pods of manifests in place
+//	delete KIND NS/NAME...   take Services, EndpointSlices or Pods away
+//	dump                     print all services, then all health checks, then all problems
+//	view NS/NAME             print the services of one Service or Pod with all that is known of them
 //
-// apply and delete print what changed: + a service new or different, - one that went.
+// host, apply and delete print what changed: + a service new or different, - one that went.
 func TestScripts(t *testing.T) {
 	testscript.Run(t, testscript.Params{
 		Dir:           "testdata",
 		UpdateScripts: *update,
 		Setup: func(env *testscript.Env) error {
 			env.Values[clusterKey{}] = &cluster{
-				table:    NewTable(),
+				table:    NewTable(Options{}),
 				state:    follower{},
 				services: map[Name]*corev1.Service{},
 				slices:   map[Name]*discoveryv1.EndpointSlice{},
@@ -40,6 +42,19 @@ func TestScripts(t *testing.T) {
 			return nil
 		},
 		Cmds: map[string]func(ts *testscript.TestScript, neg bool, args []string){
+			"options": func(ts *testscript.TestScript, _ bool, args []string) {
+				var o Options
+				ts.Check(yaml.UnmarshalStrict([]byte(ts.ReadFile(args[0])), &o))
+				clusterOf(ts).table = NewTable(o)
+			},
+			"host": func(ts *testscript.TestScript, _ bool, args []string) {
+				var h Host
+				ts.Check(yaml.UnmarshalStrict([]byte(ts.ReadFile(args[0])), &h))
+				clusterOf(ts).took(ts, clusterOf(ts).table.SetHost(h))
+			},
+			"view": func(ts *testscript.TestScript, _ bool, args []string) {
+				fmt.Fprint(ts.Stdout(), viewsText(clusterOf(ts).table.View(nameOf(args[0]))))
+			},
 			"apply":  func(ts *testscript.TestScript, _ bool, args []string) { clusterOf(ts).apply(ts, args) },
 			"delete": func(ts *testscript.TestScript, _ bool, args []string) { clusterOf(ts).delete(ts, args) },
 			"dump":   func(ts *testscript.TestScript, _ bool, _ []string) { clusterOf(ts).dump(ts) },
@@ -77,6 +92,10 @@ func (c *cluster) apply(ts *testscript.TestScript, files []string) {
 				s.Namespace = cmp.Or(s.Namespace, "default")
 				c.slices[Name{s.Namespace, s.Name}] = &s
 				c.changed(ts, serviceOf(&s))
+			case "Pod":
+				var pod corev1.Pod
+				ts.Check(yaml.UnmarshalStrict([]byte(doc), &pod))
+				c.took(ts, c.table.UpdatePod(Name{cmp.Or(pod.Namespace, "default"), pod.Name}, &pod))
 			default:
 				ts.Fatalf("%s: unknown kind %q", file, kind.Kind)
 			}
@@ -86,8 +105,7 @@ func (c *cluster) apply(ts *testscript.TestScript, files []string) {
 
 func (c *cluster) delete(ts *testscript.TestScript, args []string) {
 	for _, arg := range args[1:] {
-		namespace, name, _ := strings.Cut(arg, "/")
-		n := Name{namespace, name}
+		n := nameOf(arg)
 		switch args[0] {
 		case "Service":
 			delete(c.services, n)
@@ -99,6 +117,8 @@ func (c *cluster) delete(ts *testscript.TestScript, args []string) {
 			}
 			delete(c.slices, n)
 			c.changed(ts, serviceOf(s))
+		case "Pod":
+			c.took(ts, c.table.UpdatePod(n, nil))
 		default:
 			ts.Fatalf("unknown kind %q", args[0])
 		}
@@ -113,15 +133,32 @@ func (c *cluster) changed(ts *testscript.TestScript, name Name) {
 			its = append(its, s)
 		}
 	}
-	change := c.table.Update(name, c.services[name], its)
+	c.took(ts, c.table.Update(name, c.services[name], its))
+}
+
+// took applies a change, and prints it.
+func (c *cluster) took(ts *testscript.TestScript, change Change) {
 	c.state.apply(change)
-	if text := change.text(); text != "" {
-		fmt.Fprintln(ts.Stdout(), strings.Join(slices.Collect(strings.SplitSeq(text, ", ")), "\n"))
+	text := ""
+	for line := range strings.SplitSeq(change.text(), ", ") {
+		if line != "" {
+			text += line + "\n"
+		}
 	}
+	fmt.Fprint(ts.Stdout(), text) // also where it is empty: else stdout stays what it was
 }
 
 func (c *cluster) dump(ts *testscript.TestScript) {
-	fmt.Fprint(ts.Stdout(), c.state.text(), problemText(c.table.Problems()))
+	fmt.Fprint(ts.Stdout(), c.state.text())
+	for _, h := range c.table.HealthChecks() {
+		fmt.Fprintf(ts.Stdout(), "health check %s/%s at port %d: %d local endpoints\n", h.Namespace, h.Name, h.Port, h.LocalEndpoints)
+	}
+	fmt.Fprint(ts.Stdout(), problemText(c.table.Problems()))
+}
+
+func nameOf(arg string) Name {
+	namespace, name, _ := strings.Cut(arg, "/")
+	return Name{namespace, name}
 }
 
 func serviceOf(s *discoveryv1.EndpointSlice) Name {

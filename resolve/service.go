@@ -7,6 +7,8 @@ import (
 	"math"
 	"net/netip"
 	"slices"
+	"strings"
+	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
@@ -19,139 +21,176 @@ import (
 // k8s.io/api has no constant for it.
 const labelServiceProxyName = "service.kubernetes.io/service-proxy-name"
 
-// wish is a frontend that a Service asks for.
-type wish struct {
-	frontend lb.Frontend
-	port     string // name of the Service port
-	field    string // that asks for it
-}
+// maxAffinitySeconds is how long the API lets a client keep its endpoint at most; k8s.io/api has no constant.
+const maxAffinitySeconds = 86400
 
-// resolve says what one Service asks for, without regard to any other.
-func resolve(name Name, svc *corev1.Service, endpointSlices []*discoveryv1.EndpointSlice) object {
-	if svc == nil || !counts(svc) {
+// resolveService says what one Service asks for, without regard to any other. Of what is not for us to serve
+// nothing is in force and nothing is a problem: another proxy serves it, or DNS alone (headless, ExternalName).
+func resolveService(name Name, svc *corev1.Service, endpointSlices []*discoveryv1.EndpointSlice, options *Options, host *reader) object {
+	switch {
+	case svc == nil, svc.Spec.Type == corev1.ServiceTypeExternalName, headless(&svc.Spec):
 		return object{}
+	case !ours(&svc.ObjectMeta, options):
+		return object{foreign: foreignIPs(svc)}
 	}
-	endpointSlices = slices.DeleteFunc(slices.Clone(endpointSlices), func(s *discoveryv1.EndpointSlice) bool {
-		return ignoredByLabel(&s.ObjectMeta)
-	})
-	wishes, problems := clusterIPFrontends(&svc.Spec)
+	spec := &svc.Spec
+	endpointSlices = ourSlices(endpointSlices, options)
+	counted, problems := weightedSlices(endpointSlices)
+	ranges, closed, wrong := sourceRanges(spec)
+	problems = append(problems, wrong...)
+	wishes, wrong := frontends(svc, closed, options, host)
+	problems = append(problems, wrong...)
+	whole, wrong := policies(svc)
+	problems = append(problems, wrong...)
 	problems = append(problems, notServed(svc, endpointSlices)...)
 
-	o := object{services: map[lb.ServiceName]lb.Service{}, claims: map[lb.VIP]claim{}}
-	slices.SortStableFunc(wishes, func(a, b wish) int { return a.frontend.VIP.Compare(b.frontend.VIP) })
-	for _, w := range wishes {
-		vip := w.frontend.VIP
-		service := lb.ServiceName{
-			Namespace: name.Namespace, Name: name.Name,
-			Port: w.port, Protocol: vip.Protocol, Family: lb.FamilyOf(vip.Addr),
+	o := object{check: healthCheck(name, spec, counted, whole.ExternalLocal, host)}
+	o.services, o.claims, wrong = services(lb.ServiceName{Namespace: name.Namespace, Name: name.Name}, svc.CreationTimestamp.Time, wishes)
+	o.problems = append(problems, wrong...)
+	for service, s := range o.services {
+		s.Algorithm, s.Affinity = whole.Algorithm, whole.Affinity
+		s.InternalLocal, s.ExternalLocal = whole.InternalLocal, whole.ExternalLocal
+		s.Backends = backends(service, counted, s.InternalLocal || s.ExternalLocal, host)
+		if slices.ContainsFunc(s.Frontends, func(f lb.Frontend) bool { return f.Kind == lb.LoadBalancer }) {
+			s.SourceRanges = ranges[service.Family]
 		}
-		if c, ok := o.claims[vip]; ok { // the first port that asks for it has it; validation leaves no second
+		o.services[service] = s
+	}
+	return o
+}
+
+// services sorts the wishes of one object into services, each with its frontends, and claims their VIPs. object
+// is the name of a service as far as it is the object's.
+func services(object lb.ServiceName, created time.Time, wishes []wish) (map[lb.ServiceName]lb.Service, map[lb.VIP]claim, []lb.Problem) {
+	all, claims, problems := map[lb.ServiceName]lb.Service{}, map[lb.VIP]claim{}, []lb.Problem(nil)
+	slices.SortStableFunc(wishes, wish.compare)
+	for _, w := range wishes {
+		vip, service := w.frontend.VIP, object
+		service.Port, service.Protocol, service.Family = w.port, vip.Protocol, lb.FamilyOf(vip.Addr)
+		if c, ok := claims[vip]; ok { // one address given twice, or two ports that are one
 			if c.service != service {
 				problems = append(problems, warning(w.field, "port %q asks for %s, which is that of port %q",
 					w.port, vip, c.service.Port))
 			}
 			continue
 		}
-		o.claims[vip] = claim{service: service, created: svc.CreationTimestamp.Time, field: w.field}
-		s, ok := o.services[service]
-		if !ok {
-			s = lb.Service{Name: service, Backends: backends(service, endpointSlices)}
-		}
-		s.Frontends = append(s.Frontends, w.frontend)
-		o.services[service] = s
+		claims[vip] = claim{class: w.class, created: created, service: service, field: w.field}
+		s := all[service]
+		s.Name, s.Frontends = service, append(s.Frontends, w.frontend)
+		all[service] = s
 	}
-	for i := range problems {
-		problems[i].Object = objectOf(name)
-	}
-	o.problems = problems
-	return o
+	return all, claims, problems
 }
 
-// counts reports whether a Service is one to serve. Of what is not, nothing is in force and nothing is a
-// problem: another proxy serves it, or DNS alone (headless, ExternalName).
-func counts(svc *corev1.Service) bool {
-	headless := svc.Spec.ClusterIP == corev1.ClusterIPNone || slices.Contains(svc.Spec.ClusterIPs, corev1.ClusterIPNone)
-	return !ignoredByLabel(&svc.ObjectMeta) && !headless && svc.Spec.Type != corev1.ServiceTypeExternalName
+// headless reports whether a Service has no cluster IP by its own will: DNS alone serves it.
+func headless(spec *corev1.ServiceSpec) bool {
+	return spec.ClusterIP == corev1.ClusterIPNone || slices.Contains(spec.ClusterIPs, corev1.ClusterIPNone)
 }
 
-// ignoredByLabel reports whether a Service or an EndpointSlice says that it is for another proxy or for none.
-// The presence of the label decides, an empty value too; kube-proxy selects its objects alike.
-func ignoredByLabel(meta *metav1.ObjectMeta) bool {
-	_, foreign := meta.Labels[labelServiceProxyName]
+// ours reports whether a Service is for us, by its labels. The presence of the label headless decides, an empty
+// value too. As for the name of the proxy: without one of our own, none must be there, not even an empty one;
+// kube-proxy selects its objects alike.
+func ours(meta *metav1.ObjectMeta, options *Options) bool {
+	proxy, named := meta.Labels[labelServiceProxyName]
 	_, headless := meta.Labels[corev1.IsHeadlessService]
-	return foreign || headless
+	return !headless && named == (options.ProxyName != "") && proxy == options.ProxyName
 }
 
-// clusterIPFrontends returns a frontend for each port at each cluster IP.
-func clusterIPFrontends(spec *corev1.ServiceSpec) (wishes []wish, problems []lb.Problem) {
-	ips, problems := clusterIPs(spec)
-	for i := range spec.Ports {
-		port := &spec.Ports[i]
-		protocol := protocolOf(port.Protocol)
-		number, ok := portNumber(port.Port)
-		switch {
-		case !ok:
-			problems = append(problems, warning(fmt.Sprintf("spec.ports[%d].port", i), "%d is not a port number", port.Port))
+// ourSlices returns the slices that count. One without the name of a proxy belongs to whoever has its Service,
+// also where we have a name: the controller copies the label to the slices a moment later, and by hand it is
+// soon forgotten.
+func ourSlices(endpointSlices []*discoveryv1.EndpointSlice, options *Options) []*discoveryv1.EndpointSlice {
+	return slices.DeleteFunc(slices.Clone(endpointSlices), func(s *discoveryv1.EndpointSlice) bool {
+		proxy, named := s.Labels[labelServiceProxyName]
+		_, headless := s.Labels[corev1.IsHeadlessService]
+		return headless || named && (options.ProxyName == "" || proxy != options.ProxyName)
+	})
+}
+
+// policies returns what a Service says of all its ports alike, as a service without a name.
+func policies(svc *corev1.Service) (lb.Service, []lb.Problem) {
+	spec := &svc.Spec
+	algorithm, problems := algorithmOf(&svc.ObjectMeta)
+	affinity, wrong := affinityOf(spec)
+	return lb.Service{
+		Algorithm:     algorithm,
+		Affinity:      affinity,
+		InternalLocal: deref(spec.InternalTrafficPolicy, "") == corev1.ServiceInternalTrafficPolicyLocal,
+		ExternalLocal: externallyAccessible(spec) && spec.ExternalTrafficPolicy == corev1.ServiceExternalTrafficPolicyLocal,
+	}, append(problems, wrong...)
+}
+
+// externallyAccessible reports whether a Service has frontends that an external policy is about.
+func externallyAccessible(spec *corev1.ServiceSpec) bool {
+	return hasNodePorts(spec) || len(spec.ExternalIPs) > 0
+}
+
+// affinityOf returns how long a client keeps its endpoint, 0 where it does not.
+func affinityOf(spec *corev1.ServiceSpec) (time.Duration, []lb.Problem) {
+	if spec.SessionAffinity != corev1.ServiceAffinityClientIP {
+		return 0, nil
+	}
+	seconds := corev1.DefaultClientIPServiceAffinitySeconds
+	var problems []lb.Problem
+	if c := spec.SessionAffinityConfig; c != nil && c.ClientIP != nil && c.ClientIP.TimeoutSeconds != nil {
+		if given := *c.ClientIP.TimeoutSeconds; 0 < given && given <= maxAffinitySeconds {
+			seconds = given
+		} else {
+			problems = append(problems, warning("spec.sessionAffinityConfig.clientIP.timeoutSeconds",
+				"%d is not from 1 to %d; %d is in force", given, maxAffinitySeconds, seconds))
+		}
+	}
+	return time.Duration(seconds) * time.Second, problems
+}
+
+// sourceRanges returns the clients that may use the load balancer addresses of a Service, of each family. A
+// family without a range is open, as with kube-proxy; but not for want of one that can be read: kube-proxy
+// passes over what is no CIDR, and so opens what was meant to be closed. Here such an entry lets nobody in, and
+// the families without any other are closed.
+func sourceRanges(spec *corev1.ServiceSpec) (ranges map[lb.Family][]netip.Prefix, closed func(lb.Family) bool, problems []lb.Problem) {
+	ranges = map[lb.Family][]netip.Prefix{}
+	closed = func(f lb.Family) bool { return len(problems) > 0 && len(ranges[f]) == 0 }
+	if spec.Type != corev1.ServiceTypeLoadBalancer {
+		return ranges, closed, nil
+	}
+	for i, s := range spec.LoadBalancerSourceRanges {
+		p, err := netip.ParsePrefix(strings.TrimSpace(s))
+		if err != nil || p.Addr().Is4In6() {
+			problems = append(problems, warning(fmt.Sprintf("spec.loadBalancerSourceRanges[%d]", i),
+				"%q is not a CIDR; it lets nobody in, and load balancer addresses of a family without another range are not served", s))
 			continue
-		case !served(protocol):
-			continue // notServed names it
 		}
-		for _, ip := range ips {
-			vip := lb.VIP{Addr: ip.addr, Port: number, Protocol: protocol}
-			wishes = append(wishes, wish{lb.Frontend{VIP: vip, Kind: lb.ClusterIP}, port.Name, ip.field})
-		}
+		f := lb.FamilyOf(p.Addr())
+		ranges[f] = append(ranges[f], p.Masked())
 	}
-	return wishes, problems
+	for f, list := range ranges {
+		ranges[f] = sortedSet(list, netip.Prefix.Compare)
+	}
+	return ranges, closed, problems
 }
 
-// address is an address of a Service and the field that gives it.
-type address struct {
-	addr  netip.Addr
-	field string
-}
-
-// clusterIPs returns the cluster IPs of a Service. What is validated elsewhere (by the API server, by the
-// manifest source) and wrong nevertheless is left out and named.
-func clusterIPs(spec *corev1.ServiceSpec) (ips []address, problems []lb.Problem) {
-	given, field := spec.ClusterIPs, func(i int) string { return fmt.Sprintf("spec.clusterIPs[%d]", i) }
-	if len(given) == 0 && spec.ClusterIP != "" {
-		given, field = []string{spec.ClusterIP}, func(int) string { return "spec.clusterIP" }
+// healthCheck returns what a load balancer that asks for the local endpoints of a Service is told, nil where
+// none is to ask. Ready ones alone count: a load balancer is to turn away from a node where they drain.
+func healthCheck(name Name, spec *corev1.ServiceSpec, endpointSlices []weighted, externalLocal bool, host *reader) *lb.HealthCheck {
+	port, ok := portNumber(spec.HealthCheckNodePort)
+	if !ok || spec.Type != corev1.ServiceTypeLoadBalancer || !externalLocal {
+		return nil
 	}
-	for i, s := range given {
-		addr, ok := parseAddr(s)
-		switch {
-		case !ok:
-			problems = append(problems, warning(field(i), "%q is not an IP address", s))
-		case !hasFamily(spec, lb.FamilyOf(addr)):
-			problems = append(problems, warning(field(i), "%s is %s, which spec.ipFamilies does not name: it is not served",
-				s, lb.FamilyOf(addr)))
-		default:
-			ips = append(ips, address{addr, field(i)})
+	local := map[netip.Addr]struct{}{}
+	for i := range spec.Ports {
+		service := lb.ServiceName{Port: spec.Ports[i].Name, Protocol: protocolOf(spec.Ports[i].Protocol)}
+		for _, service.Family = range []lb.Family{lb.IPv4, lb.IPv6} {
+			if !hasFamily(spec, service.Family) {
+				continue
+			}
+			for _, e := range chosen(service, endpointSlices, true, host) {
+				if e.use == ready && e.local == "" {
+					local[e.addr.Addr()] = struct{}{}
+				}
+			}
 		}
 	}
-	switch {
-	case len(given) == 0:
-		problems = append(problems, notYet("spec.clusterIP",
-			"allocation of addresses is not yet there: give spec.clusterIP"))
-	case len(given) == 1 && dualStack(spec):
-		problems = append(problems, notYet("spec.clusterIPs",
-			"allocation of addresses is not yet there: give one of each family"))
-	}
-	return ips, problems
-}
-
-// hasFamily reports whether a Service has a family. A manifest need not name them: then its addresses say.
-func hasFamily(spec *corev1.ServiceSpec, f lb.Family) bool {
-	return len(spec.IPFamilies) == 0 || slices.Contains(spec.IPFamilies, corev1.IPFamily(f.String()))
-}
-
-// dualStack reports whether a Service is to have both families. PreferDualStack with one family named is
-// what an API server of one family makes of it, and asks for no more.
-func dualStack(spec *corev1.ServiceSpec) bool {
-	policy := deref(spec.IPFamilyPolicy, corev1.IPFamilyPolicySingleStack)
-	return len(spec.IPFamilies) > 1 ||
-		policy == corev1.IPFamilyPolicyRequireDualStack ||
-		policy == corev1.IPFamilyPolicyPreferDualStack && len(spec.IPFamilies) == 0
+	return &lb.HealthCheck{Namespace: name.Namespace, Name: name.Name, Port: port, LocalEndpoints: len(local)}
 }
 
 // parseAddr parses an address in a form that may go into a VIP or a backend: not v4-mapped, without a zone.

@@ -59,6 +59,13 @@ func fieldsOf(problems []lb.Problem) []string {
 	return all
 }
 
+// resolveAt resolves Service default/web on a node.
+func resolveAt(h Host, svc *corev1.Service, endpointSlices []*discoveryv1.EndpointSlice) object {
+	t := NewTable(Options{})
+	t.SetHost(h)
+	return t.resolve(ref{Name: defaultWeb}, input{svc: svc, slices: endpointSlices})
+}
+
 var defaultWeb = Name{"default", "web"}
 
 func TestWhichServicesCount(t *testing.T) {
@@ -93,7 +100,7 @@ func TestWhichServicesCount(t *testing.T) {
 		}), nil},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			o := resolve(defaultWeb, tt.svc, nil)
+			o := resolveAt(Host{}, tt.svc, nil)
 			if diff := cmp.Diff(tt.want, frontendsOf(o)); diff != "" {
 				t.Errorf("frontends (-want +got):\n%s", diff)
 			}
@@ -117,7 +124,7 @@ func TestWhichSlicesCount(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			s := sliceOf("IPv4", portOf("", "TCP", 8080), endpointOf("10.0.0.1", "---"))
 			s.ObjectMeta = tt.meta
-			o := resolve(defaultWeb, tcp80("10.96.0.1"), []*discoveryv1.EndpointSlice{s})
+			o := resolveAt(Host{}, tcp80("10.96.0.1"), []*discoveryv1.EndpointSlice{s})
 			for _, service := range o.services { // left without slices it is still there: it rejects
 				if got := len(service.Backends); got != tt.want {
 					t.Errorf("%d backends, want %d", got, tt.want)
@@ -212,7 +219,7 @@ func TestClusterIPs(t *testing.T) {
 		},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			o := resolve(defaultWeb, tt.svc, nil)
+			o := resolveAt(Host{}, tt.svc, nil)
 			if diff := cmp.Diff(tt.want, frontendsOf(o)); diff != "" {
 				t.Errorf("frontends (-want +got):\n%s", diff)
 			}
@@ -260,7 +267,7 @@ func TestServicePorts(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			svc := tcp80("10.96.0.1")
 			svc.Spec.Ports = tt.ports
-			o := resolve(defaultWeb, svc, nil)
+			o := resolveAt(Host{}, svc, nil)
 			if diff := cmp.Diff(tt.want, frontendsOf(o)); diff != "" {
 				t.Errorf("frontends (-want +got):\n%s", diff)
 			}
@@ -274,7 +281,6 @@ func TestServicePorts(t *testing.T) {
 // TestNotYetServed has a case for each field that is accepted and not served: it is named, and the cluster
 // IP is served all the same. A feature that arrives takes its cases from here.
 func TestNotYetServed(t *testing.T) {
-	hints := &discoveryv1.EndpointHints{ForZones: []discoveryv1.ForZone{{Name: "a"}}}
 	for _, tt := range []struct {
 		name   string
 		edit   func(*corev1.Service)
@@ -289,52 +295,16 @@ func TestNotYetServed(t *testing.T) {
 			s.Spec.IPFamilyPolicy = new(corev1.IPFamilyPolicySingleStack)
 			s.Spec.InternalTrafficPolicy = new(corev1.ServiceInternalTrafficPolicyCluster)
 		}, nil, nil},
-		{"NodePort", func(s *corev1.Service) {
-			s.Spec.Type = "NodePort"
-			s.Spec.ExternalTrafficPolicy = "Cluster"
-			s.Spec.Ports[0].NodePort = 30080
-		}, nil, []string{"not yet: spec.ports[0].nodePort", "not yet: spec.type"}},
-		{"LoadBalancer", func(s *corev1.Service) {
-			s.Spec.Type = "LoadBalancer"
-			s.Status.LoadBalancer.Ingress = []corev1.LoadBalancerIngress{
-				{Hostname: "web.example"}, {IP: "192.0.2.1", IPMode: new(corev1.LoadBalancerIPModeProxy)},
-				{IP: "192.0.2.2"}, {IP: "192.0.2.3", IPMode: new(corev1.LoadBalancerIPModeVIP)},
-			}
-		}, nil, []string{
-			"not yet: spec.type",
-			"not yet: status.loadBalancer.ingress[2].ip", "not yet: status.loadBalancer.ingress[3].ip",
-		}},
-		{"an address that was a LoadBalancer's", func(s *corev1.Service) {
-			s.Status.LoadBalancer.Ingress = []corev1.LoadBalancerIngress{{IP: "192.0.2.1"}}
-		}, nil, nil},
-		{"source ranges", func(s *corev1.Service) { s.Spec.LoadBalancerSourceRanges = []string{"192.0.2.0/24"} },
-			nil, []string{"not yet: spec.loadBalancerSourceRanges"}},
-		{"health check", func(s *corev1.Service) { s.Spec.HealthCheckNodePort = 31000 },
-			nil, []string{"not yet: spec.healthCheckNodePort"}},
-		{"external addresses", func(s *corev1.Service) { s.Spec.ExternalIPs = []string{"192.0.2.1"} },
-			nil, []string{"not yet: spec.externalIPs"}},
-		{"session affinity", func(s *corev1.Service) { s.Spec.SessionAffinity = "ClientIP" },
-			nil, []string{"not yet: spec.sessionAffinity"}},
-		{"internal policy", func(s *corev1.Service) {
-			s.Spec.InternalTrafficPolicy = new(corev1.ServiceInternalTrafficPolicyLocal)
-		}, nil, []string{"not yet: spec.internalTrafficPolicy"}},
-		{"external policy", func(s *corev1.Service) { s.Spec.ExternalTrafficPolicy = "Local" },
-			nil, []string{"not yet: spec.externalTrafficPolicy"}},
-		{"traffic distribution", func(s *corev1.Service) { s.Spec.TrafficDistribution = new("PreferSameZone") },
-			nil, []string{"not yet: spec.trafficDistribution"}},
+		{"SCTP", func(s *corev1.Service) {
+			s.Spec.Ports = append(s.Spec.Ports, corev1.ServicePort{Name: "sctp", Protocol: "SCTP", Port: 80})
+		}, nil, []string{"not yet: spec.ports[1].protocol"}},
 		{"selector without a slice", func(s *corev1.Service) { s.Spec.Selector = map[string]string{"app": "web"} },
 			nil, []string{"not yet: spec.selector"}},
 		{"selector with a slice", func(s *corev1.Service) { s.Spec.Selector = map[string]string{"app": "web"} },
 			[]*discoveryv1.EndpointSlice{{}}, nil},
-		{"hints", func(s *corev1.Service) {}, []*discoveryv1.EndpointSlice{
-			{Endpoints: []discoveryv1.Endpoint{{}, {Hints: hints}}}, {Endpoints: []discoveryv1.Endpoint{{Hints: hints}}},
-		}, []string{"not yet: "}},
-		{"hints that say nothing", func(s *corev1.Service) {}, []*discoveryv1.EndpointSlice{
-			{Endpoints: []discoveryv1.Endpoint{{Hints: &discoveryv1.EndpointHints{}}}},
-		}, nil},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			o := resolve(defaultWeb, with(tcp80("10.96.0.1"), tt.edit), tt.slices)
+			o := resolveAt(Host{}, with(tcp80("10.96.0.1"), tt.edit), tt.slices)
 			want := []string{"default/web/TCP IPv4 ClusterIP 10.96.0.1:80/TCP"}
 			if diff := cmp.Diff(want, frontendsOf(o)); diff != "" {
 				t.Errorf("frontends (-want +got):\n%s", diff)
@@ -352,7 +322,7 @@ func TestNotYetServed(t *testing.T) {
 }
 
 func TestDualStackEndpoints(t *testing.T) {
-	o := resolve(defaultWeb, tcp80("10.96.0.1", "fd00:96::1"), []*discoveryv1.EndpointSlice{
+	o := resolveAt(Host{}, tcp80("10.96.0.1", "fd00:96::1"), []*discoveryv1.EndpointSlice{
 		sliceOf("IPv4", portOf("", "TCP", 8080), endpointOf("10.0.0.1", "---")),
 		sliceOf("IPv6", portOf("", "TCP", 8080), endpointOf("fd00::1", "---"), endpointOf("fd00::2", "---")),
 	})
@@ -363,5 +333,122 @@ func TestDualStackEndpoints(t *testing.T) {
 	}
 	if !maps.Equal(got, want) {
 		t.Errorf("backends of each family: %v, want %v", got, want)
+	}
+}
+
+func TestPolicies(t *testing.T) {
+	for _, tt := range []struct {
+		name               string
+		edit               func(*corev1.ServiceSpec)
+		internal, external bool
+	}{
+		{"none said", func(*corev1.ServiceSpec) {}, false, false},
+		{"Cluster", func(s *corev1.ServiceSpec) {
+			s.Type, s.ExternalTrafficPolicy = "NodePort", "Cluster"
+			s.InternalTrafficPolicy = new(corev1.ServiceInternalTrafficPolicyCluster)
+		}, false, false},
+		{"internal", func(s *corev1.ServiceSpec) {
+			s.InternalTrafficPolicy = new(corev1.ServiceInternalTrafficPolicyLocal)
+		}, true, false},
+		{"external, NodePort", func(s *corev1.ServiceSpec) { s.Type, s.ExternalTrafficPolicy = "NodePort", "Local" }, false, true},
+		{"external, LoadBalancer", func(s *corev1.ServiceSpec) { s.Type, s.ExternalTrafficPolicy = "LoadBalancer", "Local" }, false, true},
+		{"external, ClusterIP with external addresses", func(s *corev1.ServiceSpec) {
+			s.ExternalIPs, s.ExternalTrafficPolicy = []string{"192.0.2.1"}, "Local"
+		}, false, true},
+		{"external, ClusterIP without: left from another type", func(s *corev1.ServiceSpec) {
+			s.Type, s.ExternalTrafficPolicy = "ClusterIP", "Local"
+		}, false, false},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			svc := tcp80("10.96.0.1")
+			tt.edit(&svc.Spec)
+			slice := sliceOf("IPv4", portOf("", "TCP", 8080), endpointOn("here", "10.0.0.1", "---"), endpointOn("there", "10.0.0.2", "---"))
+			o := resolveAt(Host{Name: "here"}, svc, []*discoveryv1.EndpointSlice{slice})
+			if len(o.services) != 1 {
+				t.Fatalf("%d services", len(o.services))
+			}
+			for _, s := range o.services {
+				if s.InternalLocal != tt.internal || s.ExternalLocal != tt.external {
+					t.Errorf("internal %t, external %t; want %t, %t", s.InternalLocal, s.ExternalLocal, tt.internal, tt.external)
+				}
+				one, other := backend("10.0.0.1:8080", true, true), backend("10.0.0.2:8080", true, true)
+				one.Local = tt.internal || tt.external // without a policy nobody is told where it is
+				if diff := cmp.Diff([]lb.Backend{one, other}, s.Backends, compareValues); diff != "" {
+					t.Errorf("backends (-want +got):\n%s", diff)
+				}
+			}
+		})
+	}
+}
+
+func TestHealthCheckNodePort(t *testing.T) {
+	local := func(edit ...func(*corev1.Service)) *corev1.Service {
+		svc := tcp80("10.96.0.1", "fd00:96::1")
+		svc.Spec.Type, svc.Spec.ExternalTrafficPolicy, svc.Spec.HealthCheckNodePort = "LoadBalancer", "Local", 32000
+		svc.Spec.Ports = []corev1.ServicePort{{Name: "a", Port: 80}, {Name: "b", Port: 81}, {Name: "c", Port: 82, Protocol: "SCTP"}}
+		for _, e := range edit {
+			e(svc)
+		}
+		return svc
+	}
+	slice := func(family discoveryv1.AddressType, name string, endpoints ...discoveryv1.Endpoint) *discoveryv1.EndpointSlice {
+		return sliceOf(family, portOf(name, "TCP", 8080), endpoints...)
+	}
+	some := []*discoveryv1.EndpointSlice{slice("IPv4", "a", endpointOn("here", "10.0.0.1", "---"))}
+	for _, tt := range []struct {
+		name   string
+		svc    *corev1.Service
+		slices []*discoveryv1.EndpointSlice
+		want   int // -1: no health check
+	}{
+		{"none", local(), nil, 0},
+		{"one", local(), some, 1},
+		{"a NodePort", local(func(s *corev1.Service) { s.Spec.Type = "NodePort" }), some, -1},
+		{"policy Cluster", local(func(s *corev1.Service) { s.Spec.ExternalTrafficPolicy = "Cluster" }), some, -1},
+		{"no port", local(func(s *corev1.Service) { s.Spec.HealthCheckNodePort = 0 }), some, -1},
+		{"no address yet", local(func(s *corev1.Service) { s.Spec.ClusterIPs = nil }), some, 1},
+		{"another proxy's", local(func(s *corev1.Service) { s.Labels = map[string]string{labelServiceProxyName: ""} }), some, -1},
+		{"gone", nil, some, -1},
+		{"distinct addresses, over ports and families", local(), []*discoveryv1.EndpointSlice{
+			slice("IPv4", "a", endpointOn("here", "10.0.0.1", "---"), endpointOn("here", "10.0.0.2", "---")),
+			slice("IPv4", "b", endpointOn("here", "10.0.0.1", "---")),
+			slice("IPv6", "b", endpointOn("here", "fd00::1", "---")),
+		}, 3},
+		{"ready ones alone, on this node", local(), []*discoveryv1.EndpointSlice{slice("IPv4", "a",
+			endpointOn("here", "10.0.0.1", "nyy"), endpointOn("there", "10.0.0.2", "---"), endpointOn("here", "10.0.0.3", "nyn"))}, 0},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			table := NewTable(Options{})
+			table.Update(defaultWeb, local(), nil)
+			table.SetHost(Host{Name: "here"})
+			table.Update(defaultWeb, tt.svc, tt.slices)
+			want := []lb.HealthCheck{{Namespace: "default", Name: "web", Port: 32000, LocalEndpoints: tt.want}}
+			if tt.want < 0 {
+				want = nil
+			}
+			if diff := cmp.Diff(want, table.HealthChecks()); diff != "" {
+				t.Errorf("(-want +got):\n%s", diff)
+			}
+		})
+	}
+}
+
+// TestSlicesOfAProxyWithAName: a slice of another's name does not count, one without any does.
+func TestSlicesOfAProxyWithAName(t *testing.T) {
+	for _, tt := range []struct {
+		labels []string
+		want   int
+	}{
+		{nil, 1},
+		{[]string{labelServiceProxyName, "us"}, 1},
+		{[]string{labelServiceProxyName, "them"}, 0},
+		{[]string{labelServiceProxyName, ""}, 0},
+		{[]string{"service.kubernetes.io/headless", ""}, 0},
+	} {
+		s := sliceOf("IPv4", portOf("", "TCP", 8080), endpointOf("10.0.0.1", "---"))
+		s.ObjectMeta = labels(tt.labels...)
+		if got := len(ourSlices([]*discoveryv1.EndpointSlice{s}, &Options{ProxyName: "us"})); got != tt.want {
+			t.Errorf("%q: %d slices, want %d", tt.labels, got, tt.want)
+		}
 	}
 }

@@ -6,7 +6,6 @@ import (
 	"cmp"
 	"fmt"
 	"maps"
-	"math/rand/v2"
 	"slices"
 	"strings"
 	"testing"
@@ -39,7 +38,36 @@ func (f follower) text() string {
 			fmt.Fprintf(&b, "  frontend %s %s\n", fe.VIP, fe.Kind)
 		}
 		for _, be := range f[name].Backends {
-			fmt.Fprintf(&b, "  backend %s%s\n", be.Addr, map[bool]string{false: " keeps its flows"}[be.Cluster])
+			fmt.Fprintf(&b, "  backend %s%s%s\n", be.Addr, scopeText(be), map[bool]string{true: fmt.Sprintf(" weight %d", be.Weight)}[be.Weight != 1])
+		}
+		b.WriteString(policyText(f[name]))
+	}
+	return b.String()
+}
+
+func scopeText(b lb.Backend) string {
+	return map[[2]bool]string{
+		{true, true}:   " also Local",
+		{false, true}:  " Local only",
+		{false, false}: " keeps its flows",
+	}[[2]bool{b.Cluster, b.Local}]
+}
+
+// policyText is what a service says that is not the default.
+func policyText(s lb.Service) string {
+	var b strings.Builder
+	for _, line := range []struct {
+		is   bool
+		text string
+	}{
+		{s.Algorithm != lb.Plain, s.Algorithm.String()},
+		{s.InternalLocal, "internal policy Local"},
+		{s.ExternalLocal, "external policy Local"},
+		{s.Affinity != 0, "affinity " + s.Affinity.String()},
+		{s.SourceRanges != nil, fmt.Sprint("sources ", s.SourceRanges)},
+	} {
+		if line.is {
+			fmt.Fprintf(&b, "  %s\n", line.text)
 		}
 	}
 	return b.String()
@@ -54,6 +82,9 @@ func (c Change) text() string {
 	for _, name := range c.Removed {
 		all = append(all, "-"+name.String())
 	}
+	for addr, came := range c.Foreign {
+		all = append(all, map[bool]string{true: "+foreign ", false: "-foreign "}[came]+addr.String())
+	}
 	slices.Sort(all)
 	return strings.Join(all, ", ")
 }
@@ -67,12 +98,32 @@ func problemText(problems []lb.Problem) string {
 }
 
 // at sets the age of a Service, in seconds after an arbitrary time; 0 is none.
-func at(svc *corev1.Service, second int) *corev1.Service {
-	svc.CreationTimestamp = metav1.Time{}
-	if second > 0 {
-		svc.CreationTimestamp = metav1.NewTime(time.Date(2024, 1, 1, 0, 0, second, 0, time.UTC))
-	}
+func at(svc *corev1.Service, n int) *corev1.Service {
+	svc.CreationTimestamp = second(n)
 	return svc
+}
+
+func second(n int) metav1.Time {
+	if n == 0 {
+		return metav1.Time{}
+	}
+	return metav1.NewTime(time.Date(2024, 1, 1, 0, 0, n, 0, time.UTC))
+}
+
+// viewsText is views as a human would write them.
+func viewsText(views []lb.View) string {
+	var b strings.Builder
+	for _, v := range views {
+		b.WriteString(follower{v.Service.Name: v.Service}.text())
+		for _, e := range v.Endpoints {
+			fmt.Fprintf(&b, "  endpoint %s node %q zone %q weight %d: Cluster: %s; Local: %s\n", e.Addr, e.Node, e.Zone, e.Weight,
+				cmp.Or(e.Cluster, "yes"), cmp.Or(e.Local, "yes"))
+		}
+		for _, w := range v.Waiting {
+			fmt.Fprintf(&b, "  waits for %s %s of %s\n", w.Frontend.VIP, w.Frontend.Kind, w.Holder)
+		}
+	}
+	return b.String()
 }
 
 func TestTwoServicesOneVIP(t *testing.T) {
@@ -126,8 +177,8 @@ func TestTwoServicesOneVIP(t *testing.T) {
 			{"b", svc(2), "", "b"},
 			{"a", with(svc(1), func(s *corev1.Service) {
 				s.Labels = map[string]string{labelServiceProxyName: ""}
-			}), "+default/b/TCP IPv4, -default/a/TCP IPv4", ""},
-			{"a", svc(1), "+default/a/TCP IPv4, -default/b/TCP IPv4", "b"},
+			}), "+default/b/TCP IPv4, +foreign 10.96.0.1, -default/a/TCP IPv4", ""},
+			{"a", svc(1), "+default/a/TCP IPv4, -default/b/TCP IPv4, -foreign 10.96.0.1", "b"},
 		}},
 		{"ages change", []step{
 			{"a", svc(1), "+default/a/TCP IPv4", ""},
@@ -152,7 +203,7 @@ func TestTwoServicesOneVIP(t *testing.T) {
 		}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			table := NewTable()
+			table := NewTable(Options{})
 			for i, s := range tt.steps {
 				change := table.Update(Name{"default", s.name}, s.svc, nil)
 				if got := change.text(); got != s.change {
@@ -174,7 +225,7 @@ func TestTwoServicesOneVIP(t *testing.T) {
 }
 
 func TestTwoServicesOneVIPNamesTheHolder(t *testing.T) {
-	table := NewTable()
+	table := NewTable(Options{})
 	table.Update(Name{"default", "a"}, at(tcp80("10.96.0.1"), 1), nil)
 	table.Update(Name{"other", "b"}, at(tcp80("fd00:96::1", "10.96.0.1"), 2), nil)
 	want := []lb.Problem{{
@@ -210,11 +261,13 @@ func TestChangesAreMinimal(t *testing.T) {
 		{"no endpoint", dual(), nil, "+default/web/TCP IPv4"},
 		{"one family less", tcp80("10.96.0.1"), first, "-default/web/TCP IPv6"},
 		{"another address", tcp80("10.96.0.1", "fd00:96::2"), first, "+default/web/TCP IPv6"},
-		{"another problem only", with(dual(), func(s *corev1.Service) { s.Spec.HealthCheckNodePort = 1 }), first, ""},
+		{"another problem only", with(dual(), func(s *corev1.Service) {
+			s.Annotations = map[string]string{"lbagent.io/algorithm": "best"}
+		}), first, ""},
 		{"the Service goes", nil, first, "-default/web/TCP IPv4, -default/web/TCP IPv6"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			table := NewTable()
+			table := NewTable(Options{})
 			table.Update(defaultWeb, dual(), first)
 			if got := table.Update(defaultWeb, tt.svc, tt.slices).text(); got != tt.want {
 				t.Errorf("change %q, want %q", got, tt.want)
@@ -224,14 +277,14 @@ func TestChangesAreMinimal(t *testing.T) {
 }
 
 func TestUpdateOfTheMissing(t *testing.T) {
-	if got := NewTable().Update(defaultWeb, nil, nil).text(); got != "" {
+	if got := NewTable(Options{}).Update(defaultWeb, nil, nil).text(); got != "" {
 		t.Errorf("change %q", got)
 	}
 }
 
 // TestTableForgets says that a Table is empty once all that was in it has gone.
 func TestTableForgets(t *testing.T) {
-	table := NewTable()
+	table := NewTable(Options{})
 	for _, name := range []string{"a", "b", "c"} {
 		table.Update(Name{"default", name}, tcp80("10.96.0.1"), nil)
 	}
@@ -239,7 +292,9 @@ func TestTableForgets(t *testing.T) {
 	for _, name := range []string{"b", "a", "d", "c"} {
 		table.Update(Name{"default", name}, nil, nil)
 	}
-	if n := len(table.objects) + len(table.problems) + len(table.claims) + len(table.contested) + len(table.inForce); n > 0 {
+	if n := len(table.objects) + len(table.problems) + len(table.claims) + len(table.contested) + len(table.inForce) +
+		len(table.checks) + len(table.foreign) + len(table.askers.place) + len(table.askers.addresses) +
+		len(table.askers.nodePorts) + len(table.askers.has); n > 0 {
 		t.Errorf("left behind: %+v", table)
 	}
 }
@@ -248,7 +303,7 @@ func TestTableForgets(t *testing.T) {
 func BenchmarkUpdate(b *testing.B) {
 	for _, n := range []int{10, 10_000} {
 		b.Run(fmt.Sprintf("among %d", n), func(b *testing.B) {
-			table := NewTable()
+			table := NewTable(Options{})
 			for i := range n {
 				vip := fmt.Sprintf("10.%d.%d.%d", i>>16, i>>8&255, i&255)
 				table.Update(Name{"default", fmt.Sprint(i)}, tcp80(vip), nil)
@@ -264,150 +319,4 @@ func BenchmarkUpdate(b *testing.B) {
 			}
 		})
 	}
-}
-
-// TestTableInAnyOrder plays random sequences; FuzzTable looks for worse ones.
-func TestTableInAnyOrder(t *testing.T) {
-	random := rand.New(rand.NewPCG(1, 2))
-	for range 300 {
-		script := make([]byte, 200)
-		for i := range script {
-			script[i] = byte(random.Uint32())
-		}
-		play(t, script)
-	}
-}
-
-func FuzzTable(f *testing.F) {
-	f.Add([]byte("a few services that come, change and go"))
-	f.Fuzz(play)
-}
-
-// play runs updates and deletes of a few Services that fight for a few VIPs, then holds the outcome against
-// a fresh Table given the final objects, and against the rule itself.
-func play(t *testing.T, script []byte) {
-	table, state := NewTable(), follower{}
-	objects := map[Name]*corev1.Service{}
-	endpointSlices := map[Name][]*discoveryv1.EndpointSlice{}
-	for len(script) > 0 {
-		var name Name
-		name, script = playName(script)
-		svc, s := playService(&script)
-		var change Change
-		if svc == nil {
-			delete(objects, name)
-			change = table.Update(name, nil, nil)
-		} else {
-			objects[name], endpointSlices[name] = svc, s
-			change = table.Update(name, svc, s)
-		}
-		for _, removed := range change.Removed {
-			if _, ok := change.Changed[removed]; ok {
-				t.Fatalf("both changed and removed: %s", removed)
-			}
-			if _, ok := state[removed]; !ok {
-				t.Fatalf("removed and was not there: %s", removed)
-			}
-		}
-		for name, s := range change.Changed {
-			if old, ok := state[name]; ok && equal(old, s) {
-				t.Fatalf("changed and is as before: %s", name)
-			}
-		}
-		state.apply(change)
-	}
-
-	fresh, want := NewTable(), follower{}
-	for name, svc := range objects {
-		want.apply(fresh.Update(name, svc, endpointSlices[name]))
-	}
-	if diff := gocmp.Diff(want.text(), state.text()); diff != "" {
-		t.Fatalf("against a fresh table (-fresh +played):\n%s", diff)
-	}
-	if diff := gocmp.Diff(follower(table.inForce).text(), state.text()); diff != "" {
-		t.Fatalf("against its own state (-own +changes):\n%s", diff)
-	}
-	if diff := gocmp.Diff(problemText(fresh.Problems()), problemText(table.Problems())); diff != "" {
-		t.Fatalf("problems (-fresh +played):\n%s", diff)
-	}
-	if diff := gocmp.Diff(byTheRule(objects), state.holders()); diff != "" {
-		t.Fatalf("who holds what (-rule +played):\n%s", diff)
-	}
-}
-
-// byTheRule says who holds each VIP by going through all Services, the oldest first.
-func byTheRule(objects map[Name]*corev1.Service) map[string]string {
-	names := slices.SortedFunc(maps.Keys(objects), func(a, b Name) int {
-		age := func(n Name) int64 {
-			if at := objects[n].CreationTimestamp; !at.IsZero() {
-				return at.Unix()
-			}
-			return 1 << 62
-		}
-		return cmp.Or(cmp.Compare(age(a), age(b)), cmp.Compare(a.String(), b.String()))
-	})
-	holders := map[string]string{}
-	for _, name := range names {
-		for _, s := range resolve(name, objects[name], nil).services {
-			for _, f := range s.Frontends {
-				if _, taken := holders[f.VIP.String()]; !taken {
-					holders[f.VIP.String()] = s.Name.String()
-				}
-			}
-		}
-	}
-	return holders
-}
-
-func (f follower) holders() map[string]string {
-	holders := map[string]string{}
-	for name, s := range f {
-		for _, fe := range s.Frontends {
-			holders[fe.VIP.String()] += name.String() // two of them would show
-		}
-	}
-	return holders
-}
-
-func playName(script []byte) (Name, []byte) {
-	return Name{"default", string('a' + rune(script[0]%5))}, script[1:]
-}
-
-// playService makes a Service and its slices of the next bytes, or none, which deletes it.
-func playService(script *[]byte) (*corev1.Service, []*discoveryv1.EndpointSlice) {
-	next := func(n int) int {
-		if len(*script) == 0 {
-			return 0
-		}
-		b := (*script)[0]
-		*script = (*script)[1:]
-		return int(b) % n
-	}
-	if next(4) == 0 {
-		return nil, nil
-	}
-	svc := at(&corev1.Service{}, next(4))
-	for range next(3) {
-		svc.Spec.ClusterIPs = append(svc.Spec.ClusterIPs, []string{"10.96.0.1", "10.96.0.2", "fd00:96::1", "None"}[next(4)])
-	}
-	for range next(4) {
-		svc.Spec.Ports = append(svc.Spec.Ports, corev1.ServicePort{
-			Name:     []string{"", "x"}[next(2)],
-			Protocol: []corev1.Protocol{"TCP", "UDP", "SCTP"}[next(3)],
-			Port:     []int32{80, 81}[next(2)],
-		})
-	}
-	var all []*discoveryv1.EndpointSlice
-	for range next(3) {
-		family := []discoveryv1.AddressType{"IPv4", "IPv6"}[next(2)]
-		s := sliceOf(family, portOf([]string{"", "x"}[next(2)], []corev1.Protocol{"TCP", "UDP"}[next(2)], 8080))
-		for range next(3) {
-			addr := map[discoveryv1.AddressType][]string{
-				"IPv4": {"10.0.0.1", "10.0.0.2"}, "IPv6": {"fd00::1", "fd00::2"},
-			}[family][next(2)]
-			s.Endpoints = append(s.Endpoints, endpointOf(addr, []string{"yyn", "nyy", "nnn", "---"}[next(4)]))
-		}
-		all = append(all, s)
-	}
-	return svc, all
 }

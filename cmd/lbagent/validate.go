@@ -64,7 +64,7 @@ func validate(ctx context.Context, paths []string) ([]lb.Problem, error) {
 	ended := make(chan error)
 	go func() { ended <- objects.Run(ctx) }()
 	names, err := objects.Next(ctx)
-	table := resolve.NewTable()
+	table := resolve.NewTable(resolve.Options{})
 	for _, name := range names {
 		service, endpoints := objects.Service(name)
 		table.Update(resolve.Name(name), service, endpoints)

@@ -24,6 +24,7 @@ type set struct {
 	files  map[string]*file // by path
 	owners map[string]place // object -> where it is in force
 	stores stores
+	hints  distribution
 	log    *slog.Logger
 	told   map[lb.Problem]bool // problems that were logged and still are
 	ailing map[string]bool     // files with an error when problems were last told
@@ -51,7 +52,7 @@ type file struct {
 
 func newSet(log *slog.Logger) *set {
 	return &set{
-		files: map[string]*file{}, owners: map[string]place{}, stores: newStores(), log: log,
+		files: map[string]*file{}, owners: map[string]place{}, stores: newStores(), hints: newDistribution(), log: log,
 		told: map[lb.Problem]bool{}, ailing: map[string]bool{},
 	}
 }
@@ -212,6 +213,12 @@ func (s *set) install(files []*file) {
 			delete(s.files, f.path)
 		}
 	}
+	s.hints.apply(changed, func(name string) object {
+		if d, ok := changed[name]; ok {
+			return d.object
+		}
+		return s.stores.of(name).objects[name]
+	})
 	names := slices.Sorted(maps.Keys(changed))
 	gone := func(name string) bool { return changed[name].object == nil }
 	for _, name := range names {
