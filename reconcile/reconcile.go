@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"time"
 
 	"github.com/lbagent/lbagent/balance"
 	"github.com/lbagent/lbagent/lb"
@@ -32,17 +33,24 @@ type Reconciler struct {
 	hold    bool                        // keep what was restored and is not confirmed
 	resumed bool                        // there may be such
 
+	foreign       map[netip.Addr]struct{} // VIPs of another proxy
+	hostAddresses map[netip.Addr]struct{}
+	prefixes      []netip.Prefix // where ClusterIPs are, sorted
+
 	// What the maps say.
 	services   map[lb.ServiceName]*service
-	frontends  map[lb.VIP]frontend // all keys of the map, ADDRESS entries too
-	identities int                 // how many of them are backends' own addresses
-	clusterIPs map[netip.Addr]int  // how many frontends of kind ClusterIP an address has; never 0
-	backendsAt map[lb.VIP]int      // how many backends with an id are here; never 0
-	removed    map[uint32]uint64   // REMOVED backends: how many sweeps had begun before
-	former     map[endpoint]uint32 // the same by what they were
-	serviceIDs idQueue             // free
-	backendIDs idQueue             // free
+	frontends  map[lb.VIP]frontend  // all keys of the map, ADDRESS entries too
+	identities int                  // how many of them are backends' own addresses
+	vips       map[netip.Addr]vipAt // addresses that services are known by
+	elsewhere  int                  // how many of them are ClusterIPs outside of prefixes
+	backendsAt map[lb.VIP]int       // how many backends with an id are here; never 0
+	removed    map[uint32]uint64    // REMOVED backends: how many sweeps had begun before
+	former     map[endpoint]uint32  // the same by what they were
+	serviceIDs idQueue              // free
+	backendIDs idQueue              // free
 	slots      slotAllocator
+	ranges     int    // source ranges
+	maxRanges  int    // how many the map has room for
 	sweeps     uint64 // begun so far
 
 	// What is still to be done. All of it stays until it is done, however many Applies that takes.
@@ -65,21 +73,36 @@ type service struct {
 	name      lb.ServiceName
 	id        uint32
 	named     bool                      // service_names has it
-	slots     maps.SlotRange            // in force
+	slots     [2]maps.SlotRange         // in force, by scope
 	damaged   bool                      // the map has something else than slots in force, which must not stay
 	backends  map[netip.AddrPort]uint32 // ids of those that are not REMOVED
 	frontends map[lb.VIP]struct{}       // those that lead here
+	ranges    map[netip.Prefix]bool     // source ranges in the map, and whether they are in force or have to go
 
 	// Restored from the maps, and not confirmed since by being desired.
-	kept         bool                    // the service itself
-	keptBackends map[netip.AddrPort]bool // and whether new flows choose them
+	kept         bool // the service itself
+	keptBackends map[netip.AddrPort]lb.Backend
 }
 
 type frontend struct {
 	service *service // nil: an ADDRESS or IDENTITY entry, or one that leads nowhere
 	kind    lb.Kind
-	kept    bool // restored from the maps, and not confirmed since by being desired
+	flags   uint8 // of an ADDRESS entry
+	kept    bool  // restored from the maps, and not confirmed since by being desired
 }
+
+// vipAt counts the frontends at an address that make it known as some Service's: of kinds ClusterIP, LoadBalancer
+// and external. An address of a node's ports is the node's.
+type vipAt struct {
+	frontends  int // never 0
+	clusterIPs int
+	usable     int // that lead to services with slots in scope Cluster
+}
+
+var scopes = [2]balance.Scope{balance.Cluster, balance.Local}
+
+// localPolicy are the flags of a policy by which flows choose in the scope Local.
+const localPolicy = maps.InternalLocal | maps.ExternalLocal
 
 // endpoint is what a backend is, under whatever id.
 type endpoint struct {
@@ -90,22 +113,26 @@ type endpoint struct {
 // Stats are numbers of what is in the maps, and of what is still to be done.
 type Stats struct {
 	Services   int
-	Frontends  int // with the entries that mark an address as a ClusterIP
+	Frontends  int // with the entries of addresses
 	Identities int // backends' own addresses that no service has for a frontend
 	Backends   int // active and draining ones, and those still to be removed
 	Removed    int // backends that are kept until no flow names them
-	Pending    int // services, backends and their own addresses that are not yet as desired
+	Pending    int // services, backends, addresses and prefixes that are not yet as desired
 }
 
 // Stats returns the numbers as of now, in constant time.
 func (r *Reconciler) Stats() Stats {
+	prefixes := 0
+	if !r.prefixesWritten() {
+		prefixes = 1
+	}
 	return Stats{
 		Services:   len(r.services),
 		Frontends:  len(r.frontends) - r.identities,
 		Identities: r.identities,
 		Backends:   int(r.sizes.Backends) - 1 - r.backendIDs.length - len(r.removed),
 		Removed:    len(r.removed),
-		Pending:    len(r.dirty) + len(r.direct) + len(r.unnamed) + len(r.late.services) + len(r.late.bumps),
+		Pending:    len(r.dirty) + len(r.direct) + len(r.unnamed) + len(r.late.services) + len(r.late.bumps) + len(r.addresses) + prefixes,
 	}
 }
 
@@ -173,6 +200,77 @@ func (r *Reconciler) confirm(vip lb.VIP) {
 	r.dirty[f.service.name] = struct{}{}
 }
 
+// SetForeign records which VIPs of another proxy's Services came (true) or went (false): what is sent there, and
+// not to a frontend of ours, is left alone. Where a Service of ours has the address too, it decides.
+func (r *Reconciler) SetForeign(changed map[netip.Addr]bool) {
+	for addr, there := range changed {
+		if there {
+			r.foreign[addr] = struct{}{}
+		} else {
+			delete(r.foreign, addr)
+		}
+		r.confirmAddress(addr)
+	}
+}
+
+// SetHostAddresses records all addresses that this node has: what is sent to one of them, and not to a frontend
+// there, is left alone though it is a Service's address too. It comes before the first Apply.
+func (r *Reconciler) SetHostAddresses(all []netip.Addr) {
+	before := r.hostAddresses
+	r.hostAddresses = make(map[netip.Addr]struct{}, len(all))
+	changed := func(addr netip.Addr) {
+		if _, ok := r.vips[addr]; ok {
+			r.addresses[addr] = struct{}{}
+		}
+	}
+	for _, addr := range all {
+		r.hostAddresses[addr] = struct{}{}
+		if _, ok := before[addr]; !ok {
+			changed(addr)
+		}
+	}
+	for addr := range before {
+		if _, ok := r.hostAddresses[addr]; !ok {
+			changed(addr)
+		}
+	}
+}
+
+// SetPrefixes records where ClusterIPs are. Until it is called, what the maps say of that stays. It returns an error,
+// and changes nothing, if there are more than maps.MaxServicePrefixes.
+func (r *Reconciler) SetPrefixes(all []netip.Prefix) error {
+	sorted := make([]netip.Prefix, 0, len(all))
+	for _, p := range all {
+		sorted = append(sorted, p.Masked())
+	}
+	slices.SortFunc(sorted, netip.Prefix.Compare)
+	sorted = slices.Compact(sorted)
+	if len(sorted) > maps.MaxServicePrefixes {
+		return fmt.Errorf("%d service prefixes are more than %d", len(sorted), maps.MaxServicePrefixes)
+	}
+	r.prefixes, r.elsewhere = sorted, 0
+	for addr, at := range r.vips {
+		if at.clusterIPs > 0 && !within(sorted, addr) {
+			r.elsewhere++
+		}
+	}
+	return nil
+}
+
+// within tells whether an address is in one of the prefixes.
+func within(prefixes []netip.Prefix, addr netip.Addr) bool {
+	return slices.ContainsFunc(prefixes, func(p netip.Prefix) bool { return p.Contains(addr) })
+}
+
+// confirmAddress is confirm for the ADDRESS entry of an address.
+func (r *Reconciler) confirmAddress(addr netip.Addr) {
+	if f, ok := r.frontends[addressVIP(addr)]; ok {
+		f.kept = false
+		r.frontends[addressVIP(addr)] = f
+	}
+	r.addresses[addr] = struct{}{}
+}
+
 // Hold(true) says that there are sources which could not read all of what they have since the agent started,
 // so that what is in the maps may be desired though nobody says so. Until Hold(false), services, frontends
 // and backends that were found in the maps stay beside what is desired. Each stays only until it is desired
@@ -229,29 +327,67 @@ func (r *Reconciler) release() {
 		}
 	}
 	for vip, f := range r.frontends {
-		if f.kept {
+		switch {
+		case f.kept && f.kind == lb.Address:
+			r.confirmAddress(vip.Addr)
+		case f.kept:
 			r.confirm(vip)
 		}
 	}
 }
 
-// wanted returns the backends that a service is to have now, sorted by address, and false where there is to
-// be no such service.
-func (r *Reconciler) wanted(name lb.ServiceName) ([]lb.Backend, bool) {
+// wanted returns what a service is to be now, and false where there is to be no such service. What was restored and
+// is not confirmed is as the maps have it; how many slots a kept backend has beside confirmed ones, they do not
+// tell, so that is as if all weights were 1.
+func (r *Reconciler) wanted(name lb.ServiceName) (lb.Service, bool) {
 	svc, ok := r.desired[name]
 	s := r.services[name]
 	if s == nil {
-		return svc.Backends, ok
+		return svc, ok
 	}
-	if len(s.keptBackends) == 0 {
-		return svc.Backends, ok || s.kept
+	if s.kept {
+		policy := r.maps.Service(s.id).Policy
+		svc = lb.Service{
+			Name:          name,
+			InternalLocal: policy.Flags&maps.InternalLocal != 0,
+			ExternalLocal: policy.Flags&maps.ExternalLocal != 0,
+			Affinity:      time.Duration(policy.AffinityTimeoutS) * time.Second,
+		}
+		if policy.Flags&maps.HasSourceRanges != 0 {
+			svc.SourceRanges = sorted(s.ranges, netip.Prefix.Compare)
+		}
 	}
-	backends := slices.Clone(svc.Backends)
-	for addr, cluster := range s.keptBackends {
-		backends = append(backends, lb.Backend{Addr: addr, Cluster: cluster, Serving: true})
+	if len(s.keptBackends) > 0 {
+		svc.Backends = slices.Clone(svc.Backends)
+		for _, b := range s.keptBackends {
+			svc.Backends = append(svc.Backends, b)
+		}
+		slices.SortFunc(svc.Backends, func(a, b lb.Backend) int { return a.Addr.Compare(b.Addr) })
 	}
-	slices.SortFunc(backends, func(a, b lb.Backend) int { return a.Addr.Compare(b.Addr) })
-	return backends, true
+	return svc, ok || s.kept || len(s.keptBackends) > 0
+}
+
+// policyOf returns the policy of a service as the maps have it.
+func policyOf(svc lb.Service) maps.Policy {
+	p := maps.Policy{AffinityTimeoutS: uint32(svc.Affinity / time.Second)}
+	if svc.InternalLocal {
+		p.Flags |= maps.InternalLocal
+	}
+	if svc.ExternalLocal {
+		p.Flags |= maps.ExternalLocal
+	}
+	if svc.SourceRanges != nil {
+		p.Flags |= maps.HasSourceRanges
+	}
+	return p
+}
+
+// tableOf returns the slots that a service is to have in a scope, as indices into its backends.
+func tableOf(svc lb.Service, scope balance.Scope) []int {
+	if scope == balance.Local && policyOf(svc).Flags&localPolicy == 0 {
+		return nil
+	}
+	return balance.Table(svc.Backends, scope, svc.Algorithm)
 }
 
 // Apply writes what is different, at a cost that depends on what changed and not on what there is. What
@@ -298,6 +434,12 @@ func (r *Reconciler) Apply() error {
 			reserved[vip] = struct{}{}
 		}
 	}
+	for addr := range r.addresses {
+		_, foreign := r.foreign[addr]
+		if _, there := r.frontends[addressVIP(addr)]; !there && foreign {
+			reserved[addressVIP(addr)] = struct{}{}
+		}
+	}
 	names = slices.DeleteFunc(names, func(name lb.ServiceName) bool {
 		err := r.writeService(name, reserved)
 		if s := r.services[name]; err != nil && s != nil {
@@ -311,7 +453,7 @@ func (r *Reconciler) Apply() error {
 	for _, name := range names {
 		failed(name, r.deleteFrontends(name))
 	}
-	errs = append(errs, r.fixAddresses())
+	errs = append(errs, r.fixAddresses(), r.fixPrefixes())
 	for _, name := range names {
 		failed(name, r.endService(name))
 	}
@@ -319,12 +461,12 @@ func (r *Reconciler) Apply() error {
 	return errors.Join(errs...)
 }
 
-// writeService writes backends, slots and name of a service that is desired, and switches it to them.
-// What could run out is looked at before the first write: then the service stays what it was, frontends
+// writeService writes backends, slots, name, source ranges and policy of a service that is desired, and switches it
+// to them. What could run out is looked at before the first write: then the service stays what it was, frontends
 // included. Keys of frontends that it will need are added to reserved.
 func (r *Reconciler) writeService(name lb.ServiceName, reserved map[lb.VIP]struct{}) error {
 	s := r.services[name]
-	backends, ok := r.wanted(name)
+	svc, ok := r.wanted(name)
 	if !ok {
 		return nil
 	}
@@ -333,13 +475,16 @@ func (r *Reconciler) writeService(name lb.ServiceName, reserved map[lb.VIP]struc
 		return err
 	}
 	if s == nil {
-		s = &service{name: name, id: r.serviceIDs.oldest(), backends: map[netip.AddrPort]uint32{}, frontends: map[lb.VIP]struct{}{}}
+		s = &service{
+			name: name, id: r.serviceIDs.oldest(), backends: map[netip.AddrPort]uint32{},
+			frontends: map[lb.VIP]struct{}{}, ranges: map[netip.Prefix]bool{},
+		}
 		if s.id == 0 {
 			return fmt.Errorf("all %d service ids are taken (--max-services)", r.sizes.Services-1)
 		}
 	}
 	created := 0
-	for _, b := range backends {
+	for _, b := range svc.Backends {
 		_, there := s.backends[b.Addr]
 		_, kept := r.former[endpoint{s.id, ownVIP(name, b.Addr)}]
 		if !there && !kept {
@@ -353,7 +498,10 @@ func (r *Reconciler) writeService(name lb.ServiceName, reserved map[lb.VIP]struc
 		}
 		return fmt.Errorf("%d more backends, and %d of %d ids are free%s (--max-backends)", created, free, r.sizes.Backends-1, kept)
 	}
-	keys, own := r.newKeys(name, backends, reserved)
+	if more, free := r.newRanges(s, svc), r.maxRanges-r.ranges; more > free {
+		return fmt.Errorf("%d more source ranges, and %d of %d are free", more, free, r.maxRanges)
+	}
+	keys, own := r.newKeys(name, svc.Backends, reserved)
 	for _, vip := range keys {
 		reserved[vip] = struct{}{}
 	}
@@ -364,37 +512,193 @@ func (r *Reconciler) writeService(name lb.ServiceName, reserved map[lb.VIP]struc
 		return fmt.Errorf("%d more frontends and %d more addresses of backends, and %d of %d are free (--max-frontends)",
 			len(keys)-own, own, free+len(keys), r.sizes.Frontends)
 	}
-	table := balance.Table(backends)
-	var slots maps.SlotRange
-	same := !s.damaged && r.inForce(s, backends, table)
-	if !same && len(table) > 0 {
-		if slots, ok = r.slots.alloc(uint32(len(table))); !ok {
-			return fmt.Errorf("no range of %d slots is free (--max-slots)", len(table))
-		}
+	next, err := r.newSlots(s, svc)
+	if err != nil {
+		return err
 	}
 
 	if r.services[name] == nil {
+		if err := r.clearStats(s.id); err != nil {
+			r.free(next)
+			return err
+		}
 		r.serviceIDs.remove(s.id)
 		r.services[name] = s
 	}
-	if err := r.writeBackends(s, backends); err != nil {
-		r.free(slots)
+	if err := r.switchService(s, svc, wireName, next); err != nil {
+		r.free(next)
 		return err
 	}
-	if !same {
-		if err := r.switchSlots(s, slots, backends, table, wireName); err != nil {
-			r.free(slots)
-			return err
-		}
-	} else if !s.named {
-		if err := r.writeName(s, wireName); err != nil {
-			return err
-		}
-	}
-	if !r.settled(s, backends) {
+	if !r.settled(s, svc) {
 		r.late.services[s] = struct{}{}
 	}
 	return nil
+}
+
+// clearStats makes the statistics of a service id those of its new owner. No program adds to them any more: the
+// id was freed after a grace period.
+func (r *Reconciler) clearStats(id uint32) error {
+	if r.maps.ServiceStats(id) == (maps.ServiceStats{}) {
+		return nil
+	}
+	return r.maps.ClearServiceStats(id)
+}
+
+// nextSlots are the slots that a service is to be switched to in one scope.
+type nextSlots struct {
+	scope balance.Scope
+	table []int          // indices into its backends
+	slots maps.SlotRange // for the table; taken
+}
+
+// newSlots takes slots for those scopes of a service whose table is another than the one in force. They are in the
+// order in which the service is to be switched to them, so that at no time a flow of the scope Local is dropped for
+// want of a backend which before or after is served, or refused: that depends on whether there are slots in the
+// scope Cluster.
+//
+// Slots of the scope Local that no policy needs stay until the grace period has ended. Those of a service that is
+// kept are right, unless they are damaged.
+func (r *Reconciler) newSlots(s *service, svc lb.Service) ([]*nextSlots, error) {
+	var all []*nextSlots
+	for _, scope := range scopes {
+		table := tableOf(svc, scope)
+		idle := scope == balance.Local && policyOf(svc).Flags&localPolicy == 0
+		if !s.damaged && (s.kept || idle || r.inForce(s, scope, svc.Backends, table)) {
+			continue
+		}
+		next := &nextSlots{scope: scope, table: table}
+		if len(table) > 0 {
+			var ok bool
+			if next.slots, ok = r.slots.alloc(uint32(len(table))); !ok {
+				r.free(all)
+				return nil, fmt.Errorf("no range of %d slots is free (--max-slots)", len(table))
+			}
+		}
+		all = append(all, next)
+	}
+	if len(all) == 2 && len(all[1].table) > 0 {
+		slices.Reverse(all)
+	}
+	return all, nil
+}
+
+// free gives back slots that no service was switched to.
+func (r *Reconciler) free(next []*nextSlots) {
+	for _, n := range next {
+		if n.slots.Count > 0 {
+			r.slots.release(n.slots)
+		}
+	}
+}
+
+// switchService writes a service: first what nothing refers to, then the slots and the policy. A policy that needs
+// slots of the scope Local comes after them, and one that does not before, since those slots are not followed up
+// then. In between a packet finds new endpoints with the old policy, or the reverse, as if they had changed one
+// after the other.
+func (r *Reconciler) switchService(s *service, svc lb.Service, name maps.ServiceName, next []*nextSlots) error {
+	if err := r.writeBackends(s, svc.Backends); err != nil {
+		return err
+	}
+	for _, n := range next {
+		ids := make([]uint32, len(n.table))
+		for i, at := range n.table {
+			ids[i] = s.backends[svc.Backends[at].Addr]
+		}
+		if len(ids) == 0 {
+			continue
+		}
+		if err := r.maps.SetSlots(n.slots.First, ids); err != nil {
+			return err
+		}
+	}
+	if !s.named {
+		if err := r.maps.SetServiceName(s.id, name); err != nil {
+			return err
+		}
+		s.named = true
+	}
+	if err := r.writeRanges(s, svc); err != nil {
+		return err
+	}
+	policy := policyOf(svc)
+	if policy.Flags&localPolicy == 0 {
+		if err := r.setPolicy(s, policy, svc.SourceRanges); err != nil {
+			return err
+		}
+	}
+	for _, n := range next {
+		if err := r.setSlots(s, n.scope, n.slots); err != nil {
+			return err
+		}
+		n.slots = maps.SlotRange{} // it is the service's
+	}
+	s.damaged = false
+	return r.setPolicy(s, policy, svc.SourceRanges)
+}
+
+// setPolicy is the switch of a policy, and with it of the source ranges that are in force; the others have to go.
+func (r *Reconciler) setPolicy(s *service, policy maps.Policy, ranges []netip.Prefix) error {
+	if r.maps.Service(s.id).Policy != policy {
+		if err := r.maps.SetServicePolicy(s.id, policy); err != nil {
+			return err
+		}
+	}
+	r.confirmRanges(s, ranges)
+	return nil
+}
+
+// newRanges returns how many source ranges a service needs that the map does not have.
+func (r *Reconciler) newRanges(s *service, svc lb.Service) int {
+	n := 0
+	for _, p := range svc.SourceRanges {
+		if _, there := s.ranges[p]; !there {
+			n++
+		}
+	}
+	return n
+}
+
+// writeRanges adds the source ranges of a service. Where it has some in force, clients of both are let in until those
+// that go are deleted: none is refused that was not before, and is not after.
+func (r *Reconciler) writeRanges(s *service, svc lb.Service) error {
+	for _, p := range svc.SourceRanges {
+		if _, there := s.ranges[p]; there {
+			continue
+		}
+		if err := r.maps.SetSourceRange(s.id, p); err != nil {
+			return err
+		}
+		s.ranges[p] = false // until the switch
+		r.ranges++
+	}
+	return nil
+}
+
+// confirmRanges notes which source ranges of a service are in force.
+func (r *Reconciler) confirmRanges(s *service, inForce []netip.Prefix) {
+	for p := range s.ranges {
+		s.ranges[p] = false
+	}
+	for _, p := range inForce {
+		s.ranges[p] = true
+	}
+}
+
+// deleteRanges deletes the source ranges of a service that have to go.
+func (r *Reconciler) deleteRanges(s *service) error {
+	var errs []error
+	for _, p := range sorted(s.ranges, netip.Prefix.Compare) {
+		if s.ranges[p] {
+			continue
+		}
+		if err := r.maps.DeleteSourceRange(s.id, p); err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		delete(s.ranges, p)
+		r.ranges--
+	}
+	return errors.Join(errs...)
 }
 
 // newKeys returns the keys of frontends that a service needs, the map does not have, and nobody reserved; `own`
@@ -410,7 +714,7 @@ func (r *Reconciler) newKeys(name lb.ServiceName, backends []lb.Backend, reserve
 	for _, f := range r.desired[name].Frontends {
 		if r.owners[f.VIP] == name {
 			need(f.VIP)
-			if f.Kind == lb.ClusterIP {
+			if makesKnown(f.Kind) {
 				need(addressVIP(f.VIP.Addr))
 			}
 		}
@@ -432,12 +736,12 @@ func ownVIP(name lb.ServiceName, addr netip.AddrPort) lb.VIP {
 	return lb.VIP{Addr: addr.Addr(), Port: addr.Port(), Protocol: name.Protocol}
 }
 
-// inForce tells whether the slots of a service are what a table says already.
-func (r *Reconciler) inForce(s *service, backends []lb.Backend, table []int) bool {
-	if int(s.slots.Count) != len(table) {
+// inForce tells whether the slots of a service in a scope are what a table says already.
+func (r *Reconciler) inForce(s *service, scope balance.Scope, backends []lb.Backend, table []int) bool {
+	if int(s.slots[scope].Count) != len(table) {
 		return false
 	}
-	for i, id := range r.maps.Slots(s.slots) {
+	for i, id := range r.maps.Slots(s.slots[scope]) {
 		if s.backends[backends[table[i]].Addr] != id {
 			return false
 		}
@@ -445,8 +749,8 @@ func (r *Reconciler) inForce(s *service, backends []lb.Backend, table []int) boo
 	return true
 }
 
-// writeBackends makes every backend that is desired exist, and those active that are to be: all that has to
-// be before slots can name them.
+// writeBackends makes every backend that is desired exist, and usable in each scope in which it is to be: all that
+// has to be before slots can name them.
 func (r *Reconciler) writeBackends(s *service, backends []lb.Backend) error {
 	for _, b := range backends {
 		id, ok := s.backends[b.Addr]
@@ -454,14 +758,36 @@ func (r *Reconciler) writeBackends(s *service, backends []lb.Backend) error {
 			if err := r.addBackend(s, b); err != nil {
 				return err
 			}
-		} else if life := r.maps.Backend(id).Life; b.Cluster && life.State != maps.BackendActive {
-			life.State = maps.BackendActive
-			if err := r.maps.SetBackendLife(id, life); err != nil {
+			continue
+		}
+		life := r.maps.Backend(id).Life
+		if more := withFlags(life, life.Flags|flagsOf(b)); more.Flags != 0 && more != life {
+			if err := r.maps.SetBackendLife(id, more); err != nil {
 				return err
 			}
 		}
 	}
 	return nil
+}
+
+// flagsOf returns the scopes in which a backend is to be usable.
+func flagsOf(b lb.Backend) (flags uint8) {
+	if b.Cluster {
+		flags |= maps.BackendCluster
+	}
+	if b.Local {
+		flags |= maps.BackendLocal
+	}
+	return flags
+}
+
+// withFlags returns the life of a backend that is usable in these scopes: in none, it drains.
+func withFlags(life maps.BackendLife, flags uint8) maps.BackendLife {
+	life.Flags, life.State = flags, maps.BackendActive
+	if flags == 0 {
+		life.State = maps.BackendDraining
+	}
+	return life
 }
 
 // addBackend gives a backend an id: the one that it had, if that is kept. In any case flows that name the id look
@@ -475,10 +801,14 @@ func (r *Reconciler) addBackend(s *service, b lb.Backend) error {
 		if err := r.maps.SetBackend(id, maps.BackendOf(s.id, is.at, r.maps.Backend(id).Life)); err != nil {
 			return err
 		}
+		if r.maps.BackendStats(id) != (maps.BackendStats{}) {
+			if err := r.maps.ClearBackendStats(id); err != nil {
+				return err
+			}
+		}
 	}
-	life := r.maps.Backend(id).Life
+	life := withFlags(r.maps.Backend(id).Life, flagsOf(b))
 	life.Generation++
-	life.State = stateOf(b)
 	if err := r.maps.SetBackendLife(id, life); err != nil {
 		return err
 	}
@@ -514,67 +844,67 @@ func (r *Reconciler) unref(at lb.VIP) {
 	}
 }
 
-func stateOf(b lb.Backend) maps.BackendState {
-	if b.Cluster {
-		return maps.BackendActive
+// setSlots is the switch of a scope. The range from before is freed after the grace period.
+func (r *Reconciler) setSlots(s *service, scope balance.Scope, slots maps.SlotRange) error {
+	set := r.maps.SetServiceCluster
+	if scope == balance.Local {
+		set = r.maps.SetServiceLocal
 	}
-	return maps.BackendDraining
-}
-
-// switchSlots fills a range, and makes it the service's.
-func (r *Reconciler) switchSlots(s *service, slots maps.SlotRange, backends []lb.Backend, table []int, name maps.ServiceName) error {
-	if len(table) > 0 {
-		ids := make([]uint32, len(table))
-		for i, at := range table {
-			ids[i] = s.backends[backends[at].Addr]
-		}
-		if err := r.maps.SetSlots(slots.First, ids); err != nil {
-			return err
-		}
-	}
-	if !s.named {
-		if err := r.writeName(s, name); err != nil {
-			return err
-		}
-	}
-	return r.setCluster(s, slots)
-}
-
-func (r *Reconciler) writeName(s *service, name maps.ServiceName) error {
-	err := r.maps.SetServiceName(s.id, name)
-	s.named = err == nil
-	return err
-}
-
-// setCluster is the switch. The range from before is freed after the grace period.
-func (r *Reconciler) setCluster(s *service, slots maps.SlotRange) error {
-	if err := r.maps.SetServiceCluster(s.id, slots); err != nil {
+	if err := set(s.id, slots); err != nil {
 		return err
 	}
-	if s.slots.Count > 0 {
-		r.late.ranges = append(r.late.ranges, s.slots)
+	if before := s.slots[scope]; before.Count > 0 {
+		r.late.ranges = append(r.late.ranges, before)
 	}
-	s.slots, s.damaged = slots, false
+	if scope == balance.Cluster {
+		r.countUsable(s, -1)
+	}
+	s.slots[scope] = slots
+	if scope == balance.Cluster {
+		r.countUsable(s, 1)
+	}
 	return nil
 }
 
-func (r *Reconciler) free(slots maps.SlotRange) {
-	if slots.Count > 0 {
-		r.slots.release(slots)
+// countUsable adds a service that has slots to the usable ones at its addresses, or takes it away.
+func (r *Reconciler) countUsable(s *service, n int) {
+	if s.slots[balance.Cluster].Count == 0 {
+		return
+	}
+	for vip := range s.frontends {
+		if makesKnown(r.frontends[vip].kind) {
+			at := r.vips[vip.Addr]
+			at.usable += n
+			r.vips[vip.Addr] = at
+			r.addresses[vip.Addr] = struct{}{}
+		}
 	}
 }
 
-// settled tells whether no backend of a service has to go, or to change to the state that is desired.
-func (r *Reconciler) settled(s *service, backends []lb.Backend) bool {
-	if len(s.backends) != len(backends) {
+// settled tells whether nothing of a service has to go after the grace period: no backend, no scope in which one is
+// usable, no slots of the scope Local, no source range.
+func (r *Reconciler) settled(s *service, svc lb.Service) bool {
+	if len(s.backends) != len(svc.Backends) || !r.localIdle(s) {
 		return false
 	}
-	for _, b := range backends {
-		if id, ok := s.backends[b.Addr]; !ok || r.maps.Backend(id).Life.State != stateOf(b) {
+	for _, b := range svc.Backends {
+		id, ok := s.backends[b.Addr]
+		if life := r.maps.Backend(id).Life; !ok || life != withFlags(life, flagsOf(b)) {
+			return false
+		}
+	}
+	for _, inForce := range s.ranges {
+		if !inForce {
 			return false
 		}
 	}
 	return true
+}
+
+// localIdle tells whether a service has slots in the scope Local only if its policy needs them.
+func (r *Reconciler) localIdle(s *service) bool {
+	is := r.maps.Service(s.id)
+	return is.Policy.Flags&localPolicy != 0 || is.Local == maps.SlotRange{}
 }
 
 // writeFrontends writes those frontends of a service that are not as desired.
@@ -586,9 +916,11 @@ func (r *Reconciler) writeFrontends(name lb.ServiceName) error {
 		if r.owners[f.VIP] != name || is.service == s && is.kind == f.Kind {
 			continue
 		}
-		if address := addressVIP(f.VIP.Addr); f.Kind == lb.ClusterIP && r.frontends[address].kind != lb.Address {
+		if makesKnown(f.Kind) {
 			r.addresses[f.VIP.Addr] = struct{}{} // it goes again if the frontend cannot be written
-			if err := r.putFrontend(address, frontend{kind: lb.Address}); err != nil {
+			at := r.vips[f.VIP.Addr]
+			at.count(s, f.Kind, 1)
+			if err := r.writeAddress(f.VIP.Addr, at); err != nil {
 				errs = append(errs, err)
 				continue
 			}
@@ -630,7 +962,9 @@ func (r *Reconciler) putFrontend(vip lb.VIP, f frontend) error {
 	if f.service != nil {
 		id = f.service.id
 	}
-	if err := r.maps.SetFrontend(maps.KeyOf(vip), maps.FrontendOf(id, f.kind)); err != nil {
+	value := maps.FrontendOf(id, f.kind)
+	value.Flags = f.flags
+	if err := r.maps.SetFrontend(maps.KeyOf(vip), value); err != nil {
 		return err
 	}
 	r.forget(vip, f.service)
@@ -658,9 +992,7 @@ func (r *Reconciler) remember(vip lb.VIP, f frontend) {
 	}
 	if f.service != nil {
 		f.service.frontends[vip] = struct{}{}
-		if f.kind == lb.ClusterIP {
-			r.clusterIPs[vip.Addr]++
-		}
+		r.countVIP(vip.Addr, f, 1)
 	}
 }
 
@@ -681,29 +1013,85 @@ func (r *Reconciler) forget(vip lb.VIP, now *service) {
 			r.late.bumps[id] = struct{}{}
 		}
 	}
-	if f.kind == lb.ClusterIP {
-		if r.clusterIPs[vip.Addr]--; r.clusterIPs[vip.Addr] == 0 {
-			delete(r.clusterIPs, vip.Addr)
-			r.addresses[vip.Addr] = struct{}{}
-		}
+	r.countVIP(vip.Addr, f, -1)
+}
+
+// makesKnown tells whether a frontend of this kind makes its address known as some Service's.
+func makesKnown(k lb.Kind) bool { return k == lb.ClusterIP || k == lb.LoadBalancer || k == lb.External }
+
+// count adds frontends of a kind that makes an address known, all leading to a service.
+func (v *vipAt) count(s *service, k lb.Kind, n int) {
+	v.frontends += n
+	if k == lb.ClusterIP {
+		v.clusterIPs += n
+	}
+	if s.slots[balance.Cluster].Count > 0 {
+		v.usable += n
 	}
 }
 
-// addressVIP is the key that marks an address as a ClusterIP.
+// countVIP notes that an address has a frontend more or less.
+func (r *Reconciler) countVIP(addr netip.Addr, f frontend, n int) {
+	if !makesKnown(f.kind) {
+		return
+	}
+	before := r.vips[addr]
+	at := before
+	at.count(f.service, f.kind, n)
+	if r.vips[addr] = at; at.frontends == 0 {
+		delete(r.vips, addr)
+	}
+	if (before.clusterIPs > 0) != (at.clusterIPs > 0) && !within(r.prefixes, addr) {
+		r.elsewhere += n
+	}
+	r.addresses[addr] = struct{}{}
+}
+
+// addressVIP is the key of an address's own entry.
 func addressVIP(addr netip.Addr) lb.VIP { return lb.VIP{Addr: addr} }
 
-// fixAddresses makes addresses marked that are ClusterIPs, and no others.
+// writeAddress makes the entry of an address say what is there. That it is a ClusterIP the programs see only where
+// they look for one: so it is in a prefix, or they are told first that some are elsewhere.
+func (r *Reconciler) writeAddress(addr netip.Addr, at vipAt) error {
+	want := frontend{kind: lb.Address}
+	if _, own := r.hostAddresses[addr]; !own {
+		if at.clusterIPs > 0 {
+			want.flags |= maps.AddressClusterIP
+		}
+		if at.usable > 0 {
+			want.flags |= maps.AddressEcho
+		}
+	}
+	if prefixes, elsewhere := r.maps.ServicePrefixes(); at.clusterIPs > 0 && !elsewhere && !within(prefixes, addr) {
+		if err := r.maps.SetServicePrefixes(prefixes, true); err != nil {
+			return err
+		}
+	}
+	vip := addressVIP(addr)
+	is, there := r.frontends[vip]
+	if there && is.kind == want.kind && is.flags == want.flags {
+		r.frontends[vip] = want
+		return nil
+	}
+	if !there && len(r.frontends) >= int(r.sizes.Frontends) {
+		return fmt.Errorf("address %s: all %d frontends are taken (--max-frontends)", addr, r.sizes.Frontends)
+	}
+	return r.putFrontend(vip, want)
+}
+
+// fixAddresses makes those addresses known that are some Service's, or another proxy's, and no others.
 func (r *Reconciler) fixAddresses() error {
 	var errs []error
 	for _, addr := range sorted(r.addresses, netip.Addr.Compare) {
 		var err error
-		vip := addressVIP(addr)
-		f, marked := r.frontends[vip]
-		switch want := r.clusterIPs[addr] > 0; {
-		case want && f.kind != lb.Address:
-			err = r.putFrontend(vip, frontend{kind: lb.Address})
-		case !want && marked:
-			err = r.deleteFrontend(vip)
+		at, ours := r.vips[addr]
+		_, foreign := r.foreign[addr]
+		f, there := r.frontends[addressVIP(addr)]
+		switch {
+		case ours || foreign:
+			err = r.writeAddress(addr, at)
+		case there && !f.kept:
+			err = r.deleteFrontend(addressVIP(addr))
 		}
 		if err == nil {
 			delete(r.addresses, addr)
@@ -711,6 +1099,31 @@ func (r *Reconciler) fixAddresses() error {
 		errs = append(errs, err)
 	}
 	return errors.Join(errs...)
+}
+
+// prefixesWritten tells whether the map has the prefixes that are desired, and says rightly whether there are
+// ClusterIPs elsewhere.
+func (r *Reconciler) prefixesWritten() bool {
+	prefixes, elsewhere := r.maps.ServicePrefixes()
+	return slices.Equal(prefixes, r.prefixes) && elsewhere == (r.elsewhere > 0)
+}
+
+// fixPrefixes writes the prefixes. All addresses have their entries before, since what is sent to one in a prefix
+// that has none is dropped; and that there are ClusterIPs elsewhere is said before a prefix goes that has them.
+func (r *Reconciler) fixPrefixes() error {
+	if r.prefixesWritten() || len(r.addresses) > 0 {
+		return nil
+	}
+	before, elsewhere := r.maps.ServicePrefixes()
+	if !elsewhere && r.elsewhere > 0 {
+		if err := r.maps.SetServicePrefixes(before, true); err != nil {
+			return err
+		}
+	}
+	if r.prefixesWritten() {
+		return nil
+	}
+	return r.maps.SetServicePrefixes(r.prefixes, r.elsewhere > 0)
 }
 
 // fixIdentities makes those addresses of backends known as such that no service has a frontend at.
@@ -751,11 +1164,15 @@ func (r *Reconciler) endService(name lb.ServiceName) error {
 		r.dirty[name] = struct{}{} // the reason is among the errors
 		return nil
 	}
-	if s.slots.Count > 0 || s.damaged {
-		if err := r.setCluster(s, maps.SlotRange{}); err != nil {
-			return err
+	for _, scope := range scopes { // Cluster first: from then on what still comes is refused, not dropped
+		if s.slots[scope].Count > 0 || s.damaged {
+			if err := r.setSlots(s, scope, maps.SlotRange{}); err != nil {
+				return err
+			}
 		}
 	}
+	s.damaged = false
+	r.confirmRanges(s, nil)
 	r.late.services[s] = struct{}{}
 	return nil
 }
@@ -797,37 +1214,26 @@ func (r *Reconciler) finish() error {
 	return errors.Join(errs...)
 }
 
-// settle gives the backends of a service the state that is desired, but for those that its slots still name
-// since it could not be switched, and ends a service that is not desired.
+// settle takes away what a service is not to have any more: slots of the scope Local that no policy needs, source
+// ranges, backends, and scopes in which backends were usable, but for what its slots still name since it could not
+// be switched. It ends a service that is not desired.
 func (r *Reconciler) settle(s *service) error {
-	backends, stays := r.wanted(s.name)
-	want := make(map[netip.AddrPort]maps.BackendState, len(backends))
-	for _, b := range backends {
-		want[b.Addr] = stateOf(b)
-	}
-	inForce := map[uint32]struct{}{}
-	for _, id := range r.maps.Slots(s.slots) {
-		inForce[id] = struct{}{}
-	}
+	svc, stays := r.wanted(s.name)
 	var errs []error
-	for _, addr := range sorted(s.backends, netip.AddrPort.Compare) {
-		id := s.backends[addr]
-		if _, ok := inForce[id]; ok {
-			continue
-		}
-		state, ok := want[addr]
-		if !ok {
-			err := r.removeBackend(id)
-			if err == nil {
-				delete(s.backends, addr)
-			}
+	if !r.localIdle(s) {
+		// Nobody has read them since the policy went off, so they are free at once.
+		if err := r.maps.SetServiceLocal(s.id, maps.SlotRange{}); err != nil {
 			errs = append(errs, err)
-		} else if life := r.maps.Backend(id).Life; life.State != state {
-			life.State = state
-			errs = append(errs, r.maps.SetBackendLife(id, life))
+		} else if local := s.slots[balance.Local]; local.Count > 0 {
+			r.slots.release(local)
+			s.slots[balance.Local] = maps.SlotRange{}
 		}
 	}
+	errs = append(errs, r.deleteRanges(s), r.settleBackends(s, svc.Backends))
 	if err := errors.Join(errs...); err != nil || stays || len(s.backends)+len(s.frontends) > 0 || s.damaged {
+		return err
+	}
+	if err := r.setPolicy(s, maps.Policy{}, nil); err != nil {
 		return err
 	}
 	if err := r.maps.DeleteServiceName(s.id); err != nil {
@@ -838,11 +1244,39 @@ func (r *Reconciler) settle(s *service) error {
 	return nil
 }
 
+func (r *Reconciler) settleBackends(s *service, backends []lb.Backend) error {
+	want := make(map[netip.AddrPort]uint8, len(backends))
+	for _, b := range backends {
+		want[b.Addr] = flagsOf(b)
+	}
+	inForce := map[uint32]uint8{}
+	for scope, flag := range map[balance.Scope]uint8{balance.Cluster: maps.BackendCluster, balance.Local: maps.BackendLocal} {
+		for _, id := range r.maps.Slots(s.slots[scope]) {
+			inForce[id] |= flag
+		}
+	}
+	var errs []error
+	for _, addr := range sorted(s.backends, netip.AddrPort.Compare) {
+		id := s.backends[addr]
+		flags, ok := want[addr]
+		if flags |= inForce[id]; !ok && flags == 0 {
+			err := r.removeBackend(id)
+			if err == nil {
+				delete(s.backends, addr)
+			}
+			errs = append(errs, err)
+		} else if life := r.maps.Backend(id).Life; life != withFlags(life, flags) {
+			errs = append(errs, r.maps.SetBackendLife(id, withFlags(life, flags)))
+		}
+	}
+	return errors.Join(errs...)
+}
+
 // removeBackend makes the flows of a backend look again and not find it. Its id is kept until none names it.
 func (r *Reconciler) removeBackend(id uint32) error {
 	b := r.maps.Backend(id)
 	b.Life.Generation++
-	b.Life.State = maps.BackendRemoved
+	b.Life.State, b.Life.Flags = maps.BackendRemoved, 0
 	if err := r.maps.SetBackendLife(id, b.Life); err != nil {
 		return err
 	}

@@ -11,9 +11,11 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 
+	"github.com/lbagent/lbagent/balance"
 	"github.com/lbagent/lbagent/lb"
 	"github.com/lbagent/lbagent/maps"
 )
@@ -57,7 +59,7 @@ func (g *rig) sweep(t testing.TB) {
 func (g *rig) wantDump(t testing.TB, desired map[lb.ServiceName]lb.Service) {
 	t.Helper()
 	g.sweep(t)
-	if diff := cmp.Diff(expected(desired), g.dump()); diff != "" {
+	if diff := cmp.Diff(g.expected(desired), g.dump()); diff != "" {
 		t.Errorf("the maps are not what is desired (-desired +maps):\n%s", diff)
 	}
 }
@@ -72,6 +74,20 @@ default/gone/TCP IPv4
   frontend 192.0.2.1:30081/TCP NodePort
   backend 10.0.2.1:80 active
   backend 10.0.2.2:80 draining
+default/lb/TCP IPv4
+  frontend 10.96.0.5:80/TCP ClusterIP
+  frontend 198.51.100.1:80/TCP LoadBalancer
+  backend 10.0.5.1:80 active cluster local
+  backend 10.0.5.2:80 active
+  backend 10.0.5.3:80 active local
+  policy external-local affinity=10800
+  sources 192.0.2.0/24 203.0.113.0/24
+default/plain/TCP IPv4
+  frontend 172.30.0.1:80/TCP ClusterIP
+  frontend 198.51.100.2:80/TCP external
+  backend 10.0.6.1:80 active cluster local weight=3
+  backend 10.0.6.2:80 active
+  backend 10.0.6.3:80 active weight=0
 default/web:http/TCP IPv4
   frontend 10.96.0.2:80/TCP ClusterIP
   frontend 192.0.2.1:30080/TCP NodePort
@@ -80,17 +96,34 @@ default/web:http/TCP IPv4
   backend 10.0.1.3:80 draining
 `
 
-// A backend and a frontend go, one drains, one comes, a VIP moves, a service goes, one comes.
+// A backend and a frontend go, one drains, one comes, a VIP moves, a service goes, one comes. Of two services all but
+// the frontends and the addresses of the backends changes: policy, affinity, source ranges, weights, scopes.
 const after = `
 default/api/TCP IPv4
   frontend 10.96.0.1:443/TCP ClusterIP
   frontend 192.0.2.1:443/TCP hostPort
   frontend 192.0.2.1:30080/TCP NodePort
   backend 10.0.3.1:6443 active
+default/lb/TCP IPv4
+  frontend 10.96.0.5:80/TCP ClusterIP
+  frontend 198.51.100.1:80/TCP LoadBalancer
+  backend 10.0.5.1:80 active
+  backend 10.0.5.2:80 active cluster local
+  backend 10.0.5.3:80 draining
+  policy affinity=60
+  sources 192.0.2.0/24 198.51.100.0/25
 default/new/UDP IPv4
   frontend 10.96.0.3:80/TCP ClusterIP
   frontend 10.96.0.4:80/UDP ClusterIP
   backend 10.0.4.1:80 active
+default/plain/TCP IPv4
+  frontend 172.30.0.1:80/TCP ClusterIP
+  frontend 198.51.100.2:80/TCP external
+  backend 10.0.6.1:80 active cluster local weight=5
+  backend 10.0.6.2:80 active cluster local weight=0
+  backend 10.0.6.3:80 active
+  policy internal-local
+  sources 192.0.2.0/24
 default/web:http/TCP IPv4
   frontend 10.96.0.2:80/TCP ClusterIP
   backend 10.0.1.1:80 draining
@@ -144,7 +177,7 @@ func TestDiesAtAnyWrite(t *testing.T) {
 				t.Fatal(err)
 			}
 			for id, b := range was.backends {
-				if b.Addr().Addr() != netip.MustParseAddr("10.0.3.1") && is.backends[id].Life.Generation == b.Life.Generation {
+				if !lostNothing(b) && is.backends[id].Life.Generation == b.Life.Generation {
 					t.Errorf("died at write %d: flows of %s do not look again", at, b.Addr())
 				}
 			}
@@ -153,6 +186,13 @@ func TestDiesAtAnyWrite(t *testing.T) {
 			}
 		}
 	}
+}
+
+// lostNothing tells whether a backend of `before` lost neither its service nor a frontend nor its own place by
+// `after`: 10.0.1.* lost a frontend, 10.0.2.* their service. A policy makes no flow look again.
+func lostNothing(b maps.Backend) bool {
+	a := b.Addr().Addr().As4()
+	return a[2] != 1 && a[2] != 2
 }
 
 // Any write fails once; what a packet meets is checked by the rig. The next Apply writes the rest.
@@ -235,9 +275,7 @@ func TestNothingEndsBeforeTheGracePeriod(t *testing.T) {
 	}
 	g.wantDump(t, desired)
 	for id, b := range was.backends {
-		raised := is.backends[id].Life.Generation > b.Life.Generation
-		// Only api lost nothing; 10.0.1.* lost a frontend, 10.0.2.* their service.
-		if untouched := b.Addr().Addr() == netip.MustParseAddr("10.0.3.1"); raised == untouched {
+		if raised := is.backends[id].Life.Generation > b.Life.Generation; raised == lostNothing(b) {
 			t.Errorf("backend %s: generation %d was %d", b.Addr(), is.backends[id].Life.Generation, b.Life.Generation)
 		}
 	}
@@ -290,7 +328,7 @@ func TestDamagedMaps(t *testing.T) {
 	}
 	backend := func(service uint32, addr string, state maps.BackendState) maps.Backend {
 		a := netip.MustParseAddrPort(addr)
-		return maps.BackendOf(service, lb.VIP{Addr: a.Addr(), Port: a.Port(), Protocol: lb.TCP}, maps.BackendLife{Generation: 7, State: state})
+		return maps.BackendOf(service, lb.VIP{Addr: a.Addr(), Port: a.Port(), Protocol: lb.TCP}, maps.BackendLife{Generation: 7, State: state, Flags: maps.BackendCluster})
 	}
 	address := func(a string) maps.FrontendKey { return maps.KeyOf(addressVIP(netip.MustParseAddr(a))) }
 	for what, damage := range map[string]func(g *rig) error{
@@ -376,7 +414,7 @@ func TestRandom(t *testing.T) {
 	for seed := range uint64(rounds) {
 		t.Run(fmt.Sprint(seed), func(t *testing.T) {
 			rnd := rand.New(rand.NewPCG(seed, 1))
-			g := testRig(t, maps.Sizes{Frontends: 128, Services: 16, Slots: 128, Backends: 128, Flows: 16})
+			g := testRig(t, maps.Sizes{Frontends: 128, Services: 16, Slots: 1 << 15, Backends: 128, Flows: 16})
 			failing := false
 			g.fault = func(string) error {
 				if failing && rnd.IntN(10) == 0 {
@@ -418,6 +456,7 @@ func TestRandom(t *testing.T) {
 				}
 				kept.confirm(g.desired, told)
 				g.desire(told)
+				randomHost(t, rnd, g)
 				err := func() (err error) {
 					defer func() {
 						if v := recover(); v != nil {
@@ -453,9 +492,14 @@ func TestRandom(t *testing.T) {
 				t.Errorf("in the end: %+v", p)
 			}
 
-			fresh := testRig(t, small)
+			fresh := testRig(t, g.m.Sizes())
 			fresh.m.Fault = nil
 			fresh.desire(desired)
+			fresh.setForeign(g.foreign)
+			fresh.setHost(g.host)
+			if err := fresh.setPrefixes(g.prefixes); err != nil {
+				t.Fatal(err)
+			}
 			fresh.mustApply(t)
 			if diff := cmp.Diff(fresh.dump(), g.dump()); diff != "" {
 				t.Errorf("another agent would have made other maps (-fresh +these):\n%s", diff)
@@ -573,7 +617,7 @@ func (f *fakeFlows) check(t *testing.T, g *rig) {
 // held is what a restart found, and must stay while it is held.
 type held struct {
 	frontends map[lb.VIP]lb.ServiceName
-	chosen    map[string]lb.ServiceName // backends in slots, "SERVICE ADDRESS"
+	chosen    map[string]lb.ServiceName // backends in slots of the scope Cluster, "SERVICE ADDRESS"
 }
 
 func heldOf(t *testing.T, g *rig) held {
@@ -587,9 +631,12 @@ func heldOf(t *testing.T, g *rig) held {
 			h.frontends[vip] = name
 		}
 	}
-	for id, ids := range c.slots {
+	for of, ids := range c.slots {
 		for _, b := range ids {
-			h.chosen[c.names[id].String()+" "+c.backends[b].Addr().String()] = c.names[id]
+			if of.scope == balance.Local {
+				continue // the policy that needs them may go though the backend is held
+			}
+			h.chosen[c.names[of.service].String()+" "+c.backends[b].Addr().String()] = c.names[of.service]
 		}
 	}
 	return h
@@ -672,7 +719,7 @@ func randomService(rnd *rand.Rand, name lb.ServiceName) lb.Service {
 			addr := netip.AddrFrom4([4]byte{10, 96, 0, byte(i / 2)})
 			svc.Frontends = append(svc.Frontends, lb.Frontend{
 				VIP:  lb.VIP{Addr: addr, Port: uint16(80 + i%2), Protocol: lb.TCP},
-				Kind: []lb.Kind{lb.ClusterIP, lb.NodePort}[rnd.IntN(2)],
+				Kind: []lb.Kind{lb.ClusterIP, lb.NodePort, lb.LoadBalancer, lb.External}[rnd.IntN(4)],
 			})
 		}
 	}
@@ -686,11 +733,60 @@ func randomService(rnd *rand.Rand, name lb.ServiceName) lb.Service {
 		if rnd.IntN(2) == 0 {
 			svc.Backends = append(svc.Backends, lb.Backend{
 				Addr:    netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, 0, name.Name[1], byte(i)}), 80),
-				Cluster: rnd.IntN(3) > 0, Serving: true,
+				Cluster: rnd.IntN(3) > 0, Local: rnd.IntN(3) == 0, Serving: true,
+				Weight: []uint16{0, 1, 1, 1, 2, 3}[rnd.IntN(6)],
 			})
 		}
 	}
+	if rnd.IntN(8) == 0 {
+		svc.Algorithm = lb.Maglev
+	}
+	svc.InternalLocal, svc.ExternalLocal = rnd.IntN(4) == 0, rnd.IntN(3) == 0
+	svc.Affinity = []time.Duration{0, 60 * time.Second, 10800 * time.Second}[rnd.IntN(3)]
+	if rnd.IntN(2) == 0 {
+		svc.SourceRanges = []netip.Prefix{}
+		for _, p := range []string{"192.0.2.0/24", "198.51.100.0/24", "198.51.100.0/25", "203.0.113.0/24"} {
+			if rnd.IntN(2) == 0 {
+				svc.SourceRanges = append(svc.SourceRanges, netip.MustParsePrefix(p))
+			}
+		}
+	}
 	return svc
+}
+
+// randomHost tells an agent of other foreign VIPs, host addresses and prefixes, now and then.
+func randomHost(t *testing.T, rnd *rand.Rand, g *rig) {
+	t.Helper()
+	some := func() []netip.Addr { // among them ClusterIPs of randomService
+		var all []netip.Addr
+		for i := range 6 {
+			if rnd.IntN(4) == 0 {
+				all = append(all, netip.AddrFrom4([4]byte{10, 96, 0, byte(i)}))
+			}
+		}
+		return all
+	}
+	switch rnd.IntN(6) {
+	case 0:
+		foreign := map[netip.Addr]bool{}
+		for _, addr := range some() {
+			foreign[addr] = true
+		}
+		g.setForeign(foreign)
+	case 1:
+		g.setHost(some())
+	case 2:
+		var all []netip.Prefix
+		for _, p := range []string{"10.96.0.0/31", "10.96.0.0/12", "10.96.0.2/32"} {
+			if rnd.IntN(2) == 0 {
+				all = append(all, netip.MustParsePrefix(p))
+			}
+		}
+		slices.SortFunc(all, netip.Prefix.Compare)
+		if err := g.setPrefixes(all); err != nil {
+			t.Fatal(err)
+		}
+	}
 }
 
 // What did not change costs no write, however much of it there is.
@@ -717,16 +813,17 @@ func TestStats(t *testing.T) {
 	g := testRig(t, small)
 	g.r.grace = maps.Grace
 	g.desire(mustParse(t, before))
-	if got, want := g.r.Stats(), (Stats{Pending: 3}); got != want {
+	// five services and the prefixes
+	if got, want := g.r.Stats(), (Stats{Pending: 6}); got != want {
 		t.Errorf("before Apply %+v, want %+v", got, want)
 	}
 	g.mustApply(t)
-	if got, want := g.r.Stats(), (Stats{Services: 3, Frontends: 9, Identities: 6, Backends: 6}); got != want {
+	if got, want := g.r.Stats(), (Stats{Services: 5, Frontends: 17, Identities: 12, Backends: 12}); got != want {
 		t.Errorf("after Apply %+v, want %+v", got, want)
 	}
 	g.desire(nil)
 	g.mustApply(t)
-	if got, want := g.r.Stats(), (Stats{Identities: 6, Removed: 6}); got != want {
+	if got, want := g.r.Stats(), (Stats{Identities: 12, Removed: 12}); got != want {
 		t.Errorf("nothing desired %+v, want %+v", got, want)
 	}
 	g.sweep(t)
@@ -744,7 +841,7 @@ func TestNameTooLong(t *testing.T) {
 	if err == nil || !strings.Contains(err.Error(), "longer than 63 bytes") {
 		t.Errorf("error %v", err)
 	}
-	if diff := cmp.Diff(expected(mustParse(t, before)), g.dump()); diff != "" {
+	if diff := cmp.Diff(g.expected(mustParse(t, before)), g.dump()); diff != "" {
 		t.Errorf("the rest is not what is desired (-desired +maps):\n%s", diff)
 	}
 }

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"net/netip"
 
+	"github.com/lbagent/lbagent/balance"
 	"github.com/lbagent/lbagent/lb"
 	"github.com/lbagent/lbagent/maps"
 )
@@ -28,22 +29,25 @@ func New(m *maps.Maps, log *slog.Logger) (*Reconciler, error) {
 		owners:  map[lb.VIP]lb.ServiceName{},
 		dirty:   map[lb.ServiceName]struct{}{},
 		resumed: true,
+		foreign: map[netip.Addr]struct{}{},
 
 		services:   map[lb.ServiceName]*service{},
 		frontends:  map[lb.VIP]frontend{},
-		clusterIPs: map[netip.Addr]int{},
+		vips:       map[netip.Addr]vipAt{},
 		backendsAt: map[lb.VIP]int{},
 		removed:    map[uint32]uint64{},
 		former:     map[endpoint]uint32{},
 		serviceIDs: newIDQueue(sizes.Services),
 		backendIDs: newIDQueue(sizes.Backends),
 		slots:      newSlotAllocator(sizes.Slots),
+		maxRanges:  int(m.All()["source_ranges"].MaxEntries()),
 
 		addresses: map[netip.Addr]struct{}{},
 		unnamed:   map[uint32]struct{}{},
 		direct:    map[lb.VIP]struct{}{},
 		late:      late{services: map[*service]struct{}{}, bumps: map[uint32]struct{}{}},
 	}
+	r.prefixes, _ = m.ServicePrefixes()
 	found := restored{Reconciler: r, log: log, byID: make([]*service, sizes.Services)}
 	if err := found.readNames(); err != nil {
 		return nil, err
@@ -52,7 +56,10 @@ func New(m *maps.Maps, log *slog.Logger) (*Reconciler, error) {
 	if err := found.readFrontends(); err != nil {
 		return nil, err
 	}
-	found.readRanges()
+	if err := found.readSourceRanges(); err != nil {
+		return nil, err
+	}
+	found.readSlots()
 	if len(r.services) > 0 {
 		log.Info("restored from the maps", "services", len(r.services), "frontends", len(r.frontends), "backends", len(r.late.bumps))
 	}
@@ -86,7 +93,8 @@ func (r *restored) readNames() error {
 func (r *restored) add(id uint32, name lb.ServiceName) *service {
 	s := &service{
 		name: name, id: id, kept: true,
-		backends: map[netip.AddrPort]uint32{}, frontends: map[lb.VIP]struct{}{}, keptBackends: map[netip.AddrPort]bool{},
+		backends: map[netip.AddrPort]uint32{}, frontends: map[lb.VIP]struct{}{}, ranges: map[netip.Prefix]bool{},
+		keptBackends: map[netip.AddrPort]lb.Backend{},
 	}
 	r.services[name], r.byID[id] = s, s
 	return s
@@ -129,7 +137,12 @@ func (r *restored) readBackends() {
 		r.ref(b.VIP())
 		if s != nil && s.backends[b.Addr()] == 0 && (b.VIP().Protocol == s.name.Protocol || !s.named) {
 			s.backends[b.Addr()] = id
-			s.keptBackends[b.Addr()] = false // readRanges tells
+			s.keptBackends[b.Addr()] = lb.Backend{ // of weight 0, unless readSlots finds it in some
+				Addr:    b.Addr(),
+				Cluster: b.Life.Flags&maps.BackendCluster != 0,
+				Local:   b.Life.Flags&maps.BackendLocal != 0,
+				Serving: true,
+			}
 			// The agent that wrote it may have died between the removal of a frontend and the end of
 			// the grace period, and nobody knows of which.
 			r.late.bumps[id] = struct{}{}
@@ -155,7 +168,7 @@ func (r *restored) readFrontends() error {
 			})
 		}
 		if vip == addressVIP(vip.Addr) {
-			r.remember(vip, frontend{kind: kind})
+			r.remember(vip, frontend{kind: kind, flags: f.Flags, kept: true})
 			r.addresses[vip.Addr] = struct{}{}
 			return true
 		}
@@ -166,9 +179,6 @@ func (r *restored) readFrontends() error {
 		}
 		if s := r.service(f.Service); s != nil && kind != lb.Identity {
 			r.remember(vip, frontend{service: s, kind: kind, kept: true})
-			if kind == lb.ClusterIP {
-				r.addresses[vip.Addr] = struct{}{}
-			}
 			return true
 		}
 		r.log.Warn("a frontend leads nowhere", "frontend", vip, "service", f.Service)
@@ -178,39 +188,70 @@ func (r *restored) readFrontends() error {
 	})
 }
 
-// readRanges restores which slots are taken, and by that which backends new flows choose. Slots and ids that
+// readSourceRanges restores which source ranges there are. Those of a service that is no more make it one that
+// nobody desires.
+func (r *restored) readSourceRanges() error {
+	return r.maps.EachSourceRange(func(id uint32, p netip.Prefix) bool {
+		s := r.service(id)
+		if s == nil {
+			r.log.Warn("a source range belongs to no service", "id", id, "range", p)
+			r.repairs = append(r.repairs, func() error { return r.maps.DeleteSourceRange(id, p) })
+			return true
+		}
+		s.ranges[p] = r.maps.Service(id).Policy.Flags&maps.HasSourceRanges != 0
+		r.ranges++
+		return true
+	})
+}
+
+// readSlots restores which slots are taken, and by that which backends new flows choose. Slots and ids that
 // the agent before let go of are free at once: a new process takes longer to get here than a packet to pass.
-func (r *restored) readRanges() {
+func (r *restored) readSlots() {
 	for id := uint32(1); id < r.sizes.Services; id++ {
-		slots := r.maps.Service(id).Cluster
+		is := r.maps.Service(id)
 		s := r.byID[id]
-		if slots != (maps.SlotRange{}) {
+		if is != (maps.Service{}) {
 			s = r.service(id)
-			if r.sound(s, slots) && r.slots.take(slots) {
-				s.slots = slots
-			} else {
-				r.log.Warn("a service has slots that cannot be its", "service", s.name, "first", slots.First, "count", slots.Count)
-				s.damaged = true
-				r.dirty[s.name] = struct{}{} // now, though it may be held
-			}
+			r.readScope(s, balance.Cluster, is.Cluster)
+			r.readScope(s, balance.Local, is.Local)
 		}
 		if s == nil {
 			r.serviceIDs.push(id)
 			continue
 		}
-		for _, b := range r.maps.Slots(s.slots) {
-			s.keptBackends[r.maps.Backend(b).Addr()] = true
+		r.countUsable(s, 1)
+		choose := func(id uint32) {
+			b := s.keptBackends[r.maps.Backend(id).Addr()]
+			b.Weight = 1
+			s.keptBackends[b.Addr] = b
+		}
+		for _, slots := range s.slots {
+			for _, b := range r.maps.Slots(slots) {
+				choose(b)
+			}
 		}
 		if s.damaged {
-			for addr, b := range s.backends {
-				s.keptBackends[addr] = r.maps.Backend(b).Life.State == maps.BackendActive
+			for _, b := range s.backends {
+				choose(b)
 			}
 		}
 	}
 }
 
-// sound tells whether a range lies in the map and names backends of the service only.
-func (r *restored) sound(s *service, slots maps.SlotRange) bool {
+func (r *restored) readScope(s *service, scope balance.Scope, slots maps.SlotRange) {
+	switch {
+	case slots == (maps.SlotRange{}):
+	case r.sound(s, scope, slots) && r.slots.take(slots):
+		s.slots[scope] = slots
+	default:
+		r.log.Warn("a service has slots that cannot be its", "service", s.name, "first", slots.First, "count", slots.Count)
+		s.damaged = true
+		r.dirty[s.name] = struct{}{} // now, though it may be held
+	}
+}
+
+// sound tells whether a range lies in the map and names backends of the service only that are usable in the scope.
+func (r *restored) sound(s *service, scope balance.Scope, slots maps.SlotRange) bool {
 	if slots.Count == 0 || uint64(slots.First)+uint64(slots.Count) > uint64(r.sizes.Slots) {
 		return false
 	}
@@ -219,7 +260,7 @@ func (r *restored) sound(s *service, slots maps.SlotRange) bool {
 			return false
 		}
 		b := r.maps.Backend(id)
-		if s.backends[b.Addr()] != id || b.Life.State != maps.BackendActive {
+		if s.backends[b.Addr()] != id || b.Life.State != maps.BackendActive || !scope.Has(s.keptBackends[b.Addr()]) {
 			return false
 		}
 	}

@@ -3,10 +3,14 @@
 package reconcile
 
 import (
+	"cmp"
 	"errors"
 	"flag"
 	"fmt"
 	"log/slog"
+	maps2 "maps"
+	"net/netip"
+	"reflect"
 	"slices"
 	"strconv"
 	"strings"
@@ -30,12 +34,17 @@ var (
 // rig is an agent's life: a Reconciler on maps that outlive it. Before every write it is checked that a
 // packet would meet nothing wrong if the agent died now.
 type rig struct {
-	m       *maps.Maps
-	r       *Reconciler
-	desired map[lb.ServiceName]lb.Service
-	hold    bool
-	trace   []string                 // maps written to, and grace
-	fault   func(write string) error // asked before each of the trace
+	m        *maps.Maps
+	r        *Reconciler
+	desired  map[lb.ServiceName]lb.Service
+	foreign  map[netip.Addr]bool // what SetForeign was told
+	host     []netip.Addr
+	prefixes []netip.Prefix
+	hold     bool
+	trace    []string // maps written to, and grace
+	// What may be in force: what was desired at the last Apply that did all, and since. nil where things are held.
+	versions map[lb.ServiceName][]lb.Service
+	fault    func(write string) error // asked before each of the trace
 }
 
 func newRig(sizes maps.Sizes) (*rig, error) {
@@ -43,10 +52,10 @@ func newRig(sizes maps.Sizes) (*rig, error) {
 	if err != nil {
 		return nil, err
 	}
-	g := &rig{m: m, desired: map[lb.ServiceName]lb.Service{}}
+	g := &rig{m: m, prefixes: []netip.Prefix{netip.MustParsePrefix("10.96.0.0/12")}}
 	m.Fault = func(name string) error {
 		c, err := read(g.m)
-		if err := errors.Join(err, c.check()); err != nil {
+		if err := errors.Join(err, c.check(), c.checkVersions(g.versions)); err != nil {
 			panic(fmt.Sprintf("before write %d, after %q: %v\n%s", len(g.trace), g.trace, err, c))
 		}
 		return g.note(name)
@@ -62,16 +71,45 @@ func (g *rig) note(what string) error {
 	return nil
 }
 
-// restart makes another agent on the same maps. What is desired it has to be told anew.
+// restart makes another agent on the same maps. What is desired it has to be told anew, and what is foreign; what
+// the host is, it finds out.
 func (g *rig) restart() error {
 	r, err := New(g.m, slog.New(slog.DiscardHandler))
 	if err != nil {
 		return err
 	}
 	r.grace = func() error { return g.note("grace") }
-	r.Hold(g.hold)
-	g.r, g.desired = r, map[lb.ServiceName]lb.Service{}
-	return nil
+	g.r, g.desired, g.foreign = r, map[lb.ServiceName]lb.Service{}, map[netip.Addr]bool{}
+	g.setHold(g.hold)
+	g.r.SetHostAddresses(g.host)
+	return g.r.SetPrefixes(g.prefixes)
+}
+
+func (g *rig) setHost(all []netip.Addr) {
+	g.host = all
+	g.r.SetHostAddresses(all)
+}
+
+func (g *rig) setPrefixes(all []netip.Prefix) error {
+	g.prefixes = all
+	return g.r.SetPrefixes(all)
+}
+
+// setForeign makes these addresses all that are foreign.
+func (g *rig) setForeign(all map[netip.Addr]bool) {
+	changed := maps2.Clone(all)
+	for addr := range g.foreign {
+		if !all[addr] {
+			changed[addr] = false
+		}
+	}
+	g.r.SetForeign(changed)
+	g.foreign = all
+}
+
+// expected is what the maps have to say of these services beside what else the agent was told.
+func (g *rig) expected(services map[lb.ServiceName]lb.Service) string {
+	return expected(input{services, g.foreign, g.host, g.prefixes})
 }
 
 // desire makes these services all that is desired.
@@ -85,25 +123,36 @@ func (g *rig) desire(all map[lb.ServiceName]lb.Service) {
 	}
 	for name, svc := range all {
 		is, ok := g.desired[name]
-		if !ok || !slices.Equal(is.Frontends, svc.Frontends) || !slices.Equal(is.Backends, svc.Backends) {
+		if !ok || !reflect.DeepEqual(is, svc) {
 			changed[name] = svc
 		}
 	}
 	g.r.Set(changed, removed)
 	g.desired = all
+	if g.versions != nil {
+		for name, svc := range changed {
+			g.versions[name] = append(g.versions[name], svc)
+		}
+	}
 }
 
 func (g *rig) apply() error {
 	g.trace = nil
 	err := g.r.Apply()
 	c, readErr := read(g.m)
-	if bad := errors.Join(readErr, c.check()); bad != nil {
+	if bad := errors.Join(readErr, c.check(), c.checkVersions(g.versions)); bad != nil {
 		panic(fmt.Sprintf("after %q: %v\n%s", g.trace, bad, c))
 	}
 	graces := 0
 	for _, what := range g.trace {
 		if what == "grace" {
 			graces++
+		}
+	}
+	if err == nil && !g.hold {
+		g.versions = map[lb.ServiceName][]lb.Service{}
+		for name, svc := range g.desired {
+			g.versions[name] = []lb.Service{svc}
 		}
 	}
 	if graces > 1 {
@@ -142,6 +191,9 @@ func (g *rig) dump() string {
 //
 //	maps KEY=SIZE...   begin with maps of these sizes
 //	desire FILE...     nothing is desired but what is in these files; ACTIVE backends are usable for new flows
+//	foreign ADDRESS... these are another proxy's VIPs, and no others
+//	host ADDRESS...    these are the node's own addresses, and no others
+//	prefixes CIDR...   ClusterIPs are in these
 //	hold, release      keep what was restored, or not
 //	fail MAP...        fail all writes to these maps; grace too
 //	apply              apply, and print which maps were written to
@@ -188,6 +240,19 @@ func TestScripts(t *testing.T) {
 				ts.Check(err)
 				rigOf(ts).desire(all)
 			},
+			"foreign": func(ts *testscript.TestScript, _ bool, args []string) {
+				all := map[netip.Addr]bool{}
+				for _, addr := range addresses(ts, args) {
+					all[addr] = true
+				}
+				rigOf(ts).setForeign(all)
+			},
+			"host": func(ts *testscript.TestScript, _ bool, args []string) { rigOf(ts).setHost(addresses(ts, args)) },
+			"prefixes": func(ts *testscript.TestScript, _ bool, args []string) {
+				all, err := parsePrefixes(args)
+				ts.Check(err)
+				ts.Check(rigOf(ts).setPrefixes(all))
+			},
 			"hold":    func(ts *testscript.TestScript, _ bool, _ []string) { rigOf(ts).setHold(true) },
 			"release": func(ts *testscript.TestScript, _ bool, _ []string) { rigOf(ts).setHold(false) },
 			"fail": func(ts *testscript.TestScript, _ bool, names []string) {
@@ -222,9 +287,11 @@ func TestScripts(t *testing.T) {
 			"restart": func(ts *testscript.TestScript, _ bool, _ []string) { ts.Check(rigOf(ts).restart()) },
 			"dump":    func(ts *testscript.TestScript, _ bool, _ []string) { fmt.Fprint(ts.Stdout(), rigOf(ts).dump()) },
 			"ids": func(ts *testscript.TestScript, _ bool, _ []string) {
+				text := ""
 				for id, b := range rigOf(ts).m.EachBackend() {
-					fmt.Fprintf(ts.Stdout(), "%d %s %s generation %d\n", id, b.Addr(), state(b), b.Life.Generation)
+					text += fmt.Sprintf("%d %s %s generation %d\n", id, b.Addr(), state(b), b.Life.Generation)
 				}
+				fmt.Fprint(ts.Stdout(), cmp.Or(text, "none\n"))
 			},
 		},
 	})
@@ -233,6 +300,19 @@ func TestScripts(t *testing.T) {
 func (g *rig) setHold(hold bool) {
 	g.hold = hold
 	g.r.Hold(hold)
+	if hold {
+		g.versions = nil
+	}
+}
+
+func addresses(ts *testscript.TestScript, args []string) []netip.Addr {
+	var all []netip.Addr
+	for _, arg := range args {
+		addr, err := netip.ParseAddr(arg)
+		ts.Check(err)
+		all = append(all, addr)
+	}
+	return all
 }
 
 type rigKey struct{}
