@@ -22,6 +22,7 @@ type Step struct {
 	Packet  *Packet
 	From    Side
 	Reply   bool          // not the packet, but what its backend answers, if there is one
+	Way     uint8         // which of the programs that may get it does
 	Forget  bool          // all flows expire
 	Age     time.Duration // of what affinity remembers
 	Restart bool          // of what writes the maps
@@ -99,14 +100,15 @@ func Random(seed, number uint64, packets int) (World, []Step) {
 			places = r.places(current)
 		case r.IntN(400) == 0:
 			steps = append(steps, r.event())
-		case len(sent) > 0 && r.IntN(4) == 0: // the same again, or its answer
-			s := sent[len(sent)-1-r.IntN(min(len(sent), 60))]
+		case len(sent) > 0 && r.IntN(2) == 0: // the same again, or its answer
+			s := sent[len(sent)-1-r.IntN(min(len(sent), 1+r.IntN(60)))]
 			p := *s.Packet
 			if p.Protocol == TCP {
 				p.Flags = r.flags()
 			}
 			s.Packet = &p
-			s.Reply = s.Packet.Protocol <= UDP && r.IntN(2) == 0
+			s.Way = uint8(r.IntN(16))
+			s.Reply = s.Packet.Protocol != GRE && s.Packet.Protocol != ICMP && s.Packet.Protocol != ICMPv6 && r.IntN(2) == 0
 			steps = append(steps, s)
 			n++
 		default:
@@ -130,11 +132,23 @@ func (r *random) event() Step {
 }
 
 func (r *random) flags() uint8 {
-	return pick(r, []uint8{SYN, SYN, SYN, ACK, ACK, ACK, ACK, ACK, RST, RST | ACK})
+	return pick(r, []uint8{SYN, SYN, SYN, SYN, SYN, SYN, ACK, ACK, ACK, ACK, ACK, ACK, ACK, ACK, ACK, RST, RST | ACK})
 }
 
-// places are where packets of a world are worth sending, and whose they are.
+// places are where packets of a world are worth sending: frontends, most of all, and what is near them.
 func (r *random) places(w World) (all []vip) {
+	defer func() {
+		var held []vip
+		for _, v := range all {
+			if _, ok := w.holder(v); ok {
+				held = append(held, v)
+			}
+		}
+		for len(held) > 0 && len(held) < 3*len(all) {
+			held = append(held, held...)
+		}
+		all = append(all, held...)
+	}()
 	add := func(a netip.Addr, port int32, p corev1.Protocol) {
 		all = append(all, vip{netip.AddrPortFrom(a, uint16(port)), protocolOf(p)})
 	}
@@ -220,7 +234,7 @@ func (r *random) packet(places []vip) Step {
 			p.Protocol = ICMPv6
 		}
 	}
-	return Step{Packet: &p, From: from}
+	return Step{Packet: &p, From: from, Way: uint8(r.IntN(16))}
 }
 
 // ---- worlds ----
@@ -393,7 +407,7 @@ func (r *random) labels(w World, s *corev1.Service) {
 // slices are those of a Service, for its ports and some others.
 func (r *random) slices(s *corev1.Service) (all []*discoveryv1.EndpointSlice) {
 	weights, mode := r.weights(), r.IntN(hintModes)
-	for i := range r.IntN(4) {
+	for i := range min(1+r.IntN(4), r.IntN(12)) {
 		slice := &discoveryv1.EndpointSlice{
 			ObjectMeta:  metav1.ObjectMeta{Namespace: s.Namespace, Name: fmt.Sprintf("%s-%d", s.Name, i), Labels: map[string]string{labelService: s.Name}},
 			AddressType: pick(r, []discoveryv1.AddressType{"IPv4", "IPv4", "IPv6", "IPv6"}),
@@ -497,7 +511,7 @@ func (r *random) conditions() (c discoveryv1.EndpointConditions) {
 		return discoveryv1.EndpointConditions{Ready: &ready, Serving: &serving, Terminating: &terminating}
 	}
 	no := false
-	switch r.IntN(10) {
+	switch r.IntN(14) {
 	case 0:
 		return discoveryv1.EndpointConditions{Ready: &no} // serving: nil is true
 	case 1:

@@ -180,10 +180,11 @@ func (s *State) Packet(w World, p Packet, from Side, now time.Duration, got Resu
 	case r == nil:
 		return s.fresh(w, p, from, now, got)
 	case r.hairpin:
+		r.answered = true
 		return s.compare(got, Expectation{Action: Translated, Reasons: []string{"reply", "forward"}}, got.From == r.t.to && got.To == r.t.from)
 	}
 	// The reply of a flow goes to the stack as it is: it is translated behind it.
-	err := s.compare(got, Expectation{Action: Untouched, Reasons: []string{"other_hook", "direct"}}, true)
+	err := s.compare(got, Expectation{Action: Untouched, Reasons: []string{"other_hook", "direct", "no_service"}}, true)
 	if err != nil && r.moved {
 		return s.fresh(w, p, from, now, got)
 	}
@@ -385,31 +386,36 @@ func (s *State) clash(t, u tuple) (clash, maybe bool) {
 	return other != nil, true
 }
 
-// ReplyTo returns what the backend of a flow that a packet belongs to answers, and false where there is none, or
-// nothing is sure of it.
-func (s *State) ReplyTo(p Packet) (reply Packet, hairpin, ok bool) {
+// ReplyTo returns what comes back where a packet went: the reply of its flow's backend, if it has one. hairpin: it comes
+// back by the ingress.
+func (s *State) ReplyTo(p Packet) (reply Packet, hairpin bool) {
 	f := s.flows[tuple{p.From, p.To, p.Protocol}]
 	if f == nil {
-		return Packet{}, false, false
+		return Packet{From: p.To, To: p.From, Protocol: p.Protocol, Flags: ACK}, false
 	}
-	return Packet{From: f.u.to, To: f.u.from, Protocol: p.Protocol, Flags: ACK}, f.hairpin, true
+	return Packet{From: f.u.to, To: f.u.from, Protocol: p.Protocol, Flags: ACK}, f.hairpin
 }
 
-// Reply compares what became of the reply to a packet, at egress (hairpin: at ingress), with what must.
-func (s *State) Reply(p Packet, got Result) error {
-	f := s.flows[tuple{p.From, p.To, p.Protocol}]
+// Egress compares what became of a packet at egress with what must.
+func (s *State) Egress(p Packet, got Result) error {
+	t := tuple{p.From, p.To, p.Protocol}
+	f := s.replies[t]
+	switch {
+	case f == nil && s.flows[t] != nil, f != nil && f.hairpin:
+		return s.compare(got, Expectation{Action: Untouched, Reasons: []string{"other_hook", "direct"}}, true)
+	case f == nil:
+		return s.compare(got, Expectation{Action: Untouched, Reasons: []string{"no_flow"}}, true)
+	case f.moved && got.Action == Untouched:
+		return nil
+	}
 	f.answered = true
 	if f.u == f.t {
-		if got.From == f.t.to && got.To == f.t.from {
+		if got.From == p.From && got.To == p.To {
 			got.Action = Untouched
 		}
 		return s.compare(got, asItIs, true)
 	}
-	e := Expectation{Action: Translated, Reasons: []string{"reply"}, Backends: []netip.AddrPort{p.From}}
-	if f.hairpin {
-		e.Reasons = []string{"reply", "forward"}
-	}
-	return s.compare(got, e, got.From == f.t.to && got.To == f.t.from)
+	return s.compare(got, Expectation{Action: Translated, Reasons: []string{"reply"}, Backends: []netip.AddrPort{f.t.from}}, got.From == f.t.to && got.To == f.t.from)
 }
 
 func (s *State) compare(got Result, want Expectation, fits bool) error {
