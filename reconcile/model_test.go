@@ -334,6 +334,8 @@ func (g *modelRig) step(w *model.World, state *model.State, s model.Step, outcom
 		}
 		g.r.Set(before.desired, nil)
 		return g.r.Apply()
+	case s.Sweep:
+		return g.sweep()
 	case s.Forget:
 		state.Forget()
 		return g.forget()
@@ -363,6 +365,16 @@ func (g *modelRig) step(w *model.World, state *model.State, s model.Step, outcom
 		count(outcomes, got)
 	}
 	return err
+}
+
+// sweep frees the backends that no flow names.
+func (g *modelRig) sweep() error {
+	named := map[uint32]bool{}
+	note := func(_ maps.Tuple, f maps.Flow) { named[f.Backend] = true }
+	g.r.BeginSweep()
+	err := errors.Join(entries(g.m.All()["flows"], note), entries(g.m.All()["pending"], note))
+	g.r.EndSweep(func(id uint32) bool { return named[id] })
+	return errors.Join(err, g.r.Apply())
 }
 
 func foreign(r *Reconciler) map[netip.Addr]bool {

@@ -24,6 +24,7 @@ type Step struct {
 	Reply   bool          // not the packet, but what its backend answers, if there is one
 	Way     uint8         // which of the programs that may get it does
 	Forget  bool          // all flows expire
+	Sweep   bool          // what no flow needs is freed
 	Age     time.Duration // of what affinity remembers
 	Restart bool          // of what writes the maps
 }
@@ -39,6 +40,8 @@ func (s Step) String() string {
 		return fmt.Sprintf("packet from %s: %s\n", s.From, s.Packet)
 	case s.Forget:
 		return "all flows expire\n"
+	case s.Sweep:
+		return "sweep\n"
 	case s.Restart:
 		return "restart\n"
 	}
@@ -98,7 +101,7 @@ func Random(seed, number uint64, packets int) (World, []Step) {
 				steps = append(steps, Step{Edit: &e})
 			}
 			places = r.places(current)
-		case r.IntN(400) == 0:
+		case r.IntN(300) == 0:
 			steps = append(steps, r.event())
 		case len(sent) > 0 && r.IntN(2) == 0: // the same again, or its answer
 			s := sent[len(sent)-1-r.IntN(min(len(sent), 1+r.IntN(60)))]
@@ -122,11 +125,13 @@ func Random(seed, number uint64, packets int) (World, []Step) {
 }
 
 func (r *random) event() Step {
-	switch r.IntN(4) {
+	switch r.IntN(6) {
 	case 0:
 		return Step{Forget: true}
 	case 1:
 		return Step{Restart: true}
+	case 2, 3:
+		return Step{Sweep: true}
 	}
 	return Step{Age: pick(r, []time.Duration{time.Minute, 10 * time.Minute, 100 * time.Minute, 14 * time.Hour})}
 }
@@ -411,6 +416,9 @@ func (r *random) slices(s *corev1.Service) (all []*discoveryv1.EndpointSlice) {
 		slice := &discoveryv1.EndpointSlice{
 			ObjectMeta:  metav1.ObjectMeta{Namespace: s.Namespace, Name: fmt.Sprintf("%s-%d", s.Name, i), Labels: map[string]string{labelService: s.Name}},
 			AddressType: pick(r, []discoveryv1.AddressType{"IPv4", "IPv4", "IPv6", "IPv6"}),
+		}
+		if n := len(s.Spec.IPFamilies); n > 0 && r.IntN(6) > 0 {
+			slice.AddressType = discoveryv1.AddressType(s.Spec.IPFamilies[i%n])
 		}
 		if label, ok := s.Labels[labelProxy]; ok {
 			slice.Labels[labelProxy] = label

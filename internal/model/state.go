@@ -212,7 +212,7 @@ func (s *State) known(f *flow, w World, p Packet, from Side, now time.Duration, 
 	// in `pending` is looked for where there is a frontend.
 	if f.direct || p.Protocol == TCP && p.Flags&SYN == 0 {
 		err := s.compare(got, keep, same)
-		if err != nil && !ok && (!f.assured || f.broken) {
+		if err != nil && !ok && (!f.assured || f.broken || f.direct) {
 			return s.fresh(w, p, from, now, got)
 		}
 		f.spoken(p)
