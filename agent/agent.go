@@ -40,6 +40,10 @@ import (
 func Run(ctx context.Context, c Config) (err error) {
 	closing := func(close func() error) { err = errors.Join(err, close()) }
 
+	flags, err := c.values()
+	if err != nil {
+		return err
+	}
 	if err := loader.MountBPF(c.BPFRoot); err != nil {
 		return err
 	}
@@ -57,7 +61,12 @@ func Run(ctx context.Context, c Config) (err error) {
 	if err != nil {
 		return err
 	}
-	programs, err := loader.Load(m, loader.Config{LinkDir: filepath.Join(c.BPFRoot, "links"), SilentBackend: c.SilentBackend})
+	if err := reconciler.SetPrefixes(flags.serviceCIDRs); err != nil {
+		return err
+	}
+	programs, err := loader.Load(m, loader.Config{
+		LinkDir: filepath.Join(c.BPFRoot, "links"), SilentBackend: c.SilentBackend, Hairpin: flags.hairpin,
+	})
 	if err != nil {
 		return err
 	}
@@ -67,21 +76,22 @@ func Run(ctx context.Context, c Config) (err error) {
 		return err
 	}
 	defer host.Close()
-	folder, err := manifest.Open(c.Manifests, c.Log)
+	folder, err := manifest.Open(c.Manifests, flags.nodePortRange, c.Log)
 	if err != nil {
 		return err
 	}
 	objects, err := source.New(source.Watches{
-		Services: folder.Services(), EndpointSlices: folder.EndpointSlices(), Nodes: folder.Nodes(), Node: c.NodeName,
+		Services: folder.Services(), EndpointSlices: folder.EndpointSlices(), Pods: folder.Pods(), Nodes: folder.Nodes(),
+		Node: c.NodeName,
 	})
 	if err != nil {
 		return fmt.Errorf("follow the objects: %w", err)
 	}
 
 	a := &agent{
-		config: c, started: time.Now(), maps: m, folder: folder, objects: objects,
-		table: resolve.NewTable(resolve.Options{}), reconciler: reconciler, programs: programs,
-		names: make(chan []source.Name), hosts: make(chan node.Snapshot), host: host.Snapshot(),
+		config: c, nodePorts: flags.nodePorts, started: time.Now(), maps: m, folder: folder, objects: objects,
+		table: resolve.NewTable(resolve.Options{ExternalIPsAllow: flags.externalIPsAllow}), reconciler: reconciler, programs: programs,
+		dirty: make(chan source.Dirty), shows: make(chan show), hosts: make(chan node.Snapshot), host: host.Snapshot(),
 		sweepBegins: make(chan struct{}), sweepEnds: make(chan walk),
 		holding: len(folder.Held()) > 0,
 	}
@@ -97,9 +107,9 @@ func Run(ctx context.Context, c Config) (err error) {
 	g.Go(func() error { return folder.Run(ctx) })
 	g.Go(func() error { return objects.Run(ctx) })
 	g.Go(func() error { return host.Run(ctx) })
-	g.Go(func() error { return pump(ctx, objects.Next, a.names) })
+	g.Go(func() error { return pump(ctx, objects.Next, a.dirty) })
 	g.Go(func() error { return pump(ctx, host.Next, a.hosts) })
-	g.Go(func() error { return api.Serve(ctx, socket, a.status) })
+	g.Go(func() error { return api.Serve(ctx, socket, a) })
 	g.Go(func() error { return a.sweep(ctx) })
 	g.Go(func() error { return a.run(ctx) })
 	return g.Wait()

@@ -7,13 +7,16 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
 	"time"
 
+	"github.com/lbagent/lbagent/loader"
 	"github.com/lbagent/lbagent/maps"
 	"github.com/lbagent/lbagent/node"
+	"github.com/lbagent/lbagent/source/manifest"
 )
 
 // Config is what an operator chooses; its fields are the flags of `lbagent run`.
@@ -21,9 +24,16 @@ type Config struct {
 	Manifests string // --manifests: the folder of manifests
 	NodeName  string // --hostname-override
 	Devices   node.Config
-	BPFRoot   string     // --bpf-root: the folder of pins
-	Socket    string     // --socket
-	Sizes     maps.Sizes // --flows, --max-services and so on
+	// Of these, the values of flags as they are written.
+	NodePortAddresses []string // --nodeport-addresses
+	NodePortRange     string   // --nodeport-range
+	ServiceCIDRs      []string // --service-cluster-ip-range
+	ExternalIPsAllow  []string // --external-ips-allow; none: all are
+	HairpinAddresses  []string // --hairpin-addresses
+
+	BPFRoot string     // --bpf-root: the folder of pins
+	Socket  string     // --socket
+	Sizes   maps.Sizes // --flows, --max-services and so on
 	// --silent-backend-timeout; negative: off. 0 is at once, to be set after Defaults.
 	SilentBackend time.Duration
 
@@ -40,6 +50,15 @@ func (c *Config) Defaults() {
 		c.NodeName = strings.ToLower(name)
 	}
 	c.Devices.Defaults()
+	if c.NodePortAddresses == nil {
+		c.NodePortAddresses = []string{"primary", "localhost"}
+	}
+	c.NodePortRange = cmp.Or(c.NodePortRange, manifest.DefaultNodePorts.String())
+	if c.HairpinAddresses == nil {
+		for _, a := range loader.DefaultHairpin() {
+			c.HairpinAddresses = append(c.HairpinAddresses, a.String())
+		}
+	}
 	sizes := maps.DefaultSizes()
 	c.Sizes = maps.Sizes{
 		Frontends: cmp.Or(c.Sizes.Frontends, sizes.Frontends), Services: cmp.Or(c.Sizes.Services, sizes.Services),
@@ -55,9 +74,76 @@ func (c *Config) Defaults() {
 	}
 }
 
+// values are what the flags say that are lists and ranges.
+type values struct {
+	nodePorts        node.NodePorts
+	nodePortRange    manifest.PortRange
+	serviceCIDRs     []netip.Prefix
+	externalIPsAllow []netip.Prefix // nil: all are
+	hairpin          [2]netip.Addr
+}
+
+// values reads them. The error names each flag that does not read.
+func (c Config) values() (v values, err error) {
+	var errs []error
+	wrong := func(flag string, err error) {
+		if err != nil {
+			errs = append(errs, fmt.Errorf("--%s: %w", flag, err))
+		}
+	}
+	v.nodePorts, err = node.ParseNodePorts(c.NodePortAddresses)
+	wrong("nodeport-addresses", err)
+	v.nodePortRange, err = manifest.ParsePortRange(c.NodePortRange)
+	wrong("nodeport-range", err)
+	v.serviceCIDRs, err = parsePrefixes(c.ServiceCIDRs)
+	if err == nil && len(v.serviceCIDRs) > maps.MaxServicePrefixes {
+		err = fmt.Errorf("%d CIDRs are more than %d", len(v.serviceCIDRs), maps.MaxServicePrefixes)
+	}
+	wrong("service-cluster-ip-range", err)
+	v.externalIPsAllow, err = parsePrefixes(c.ExternalIPsAllow)
+	wrong("external-ips-allow", err)
+	v.hairpin, err = parseHairpin(c.HairpinAddresses)
+	wrong("hairpin-addresses", err)
+	return v, errors.Join(errs...)
+}
+
+func parsePrefixes(list []string) (prefixes []netip.Prefix, err error) {
+	for _, text := range list {
+		p, err := netip.ParsePrefix(strings.TrimSpace(text))
+		if err != nil || p.Addr().Is4In6() {
+			return nil, fmt.Errorf("%q is no CIDR such as 10.96.0.0/16", text)
+		}
+		prefixes = append(prefixes, p.Masked())
+	}
+	return prefixes, nil
+}
+
+// parseHairpin reads an IPv4 address and an IPv6 one, in either order.
+func parseHairpin(list []string) (addresses [2]netip.Addr, err error) {
+	for _, text := range list {
+		a, err := netip.ParseAddr(strings.TrimSpace(text))
+		if err != nil || a.Is4In6() || a.Zone() != "" || a.IsUnspecified() || a.IsLoopback() || a.IsMulticast() {
+			return addresses, fmt.Errorf("%q is no address that a pod could answer to", text)
+		}
+		i := 0
+		if a.Is6() {
+			i = 1
+		}
+		if addresses[i].IsValid() {
+			return addresses, fmt.Errorf("%s and %s: want one address of each family", addresses[i], a)
+		}
+		addresses[i] = a
+	}
+	if !addresses[0].IsValid() || !addresses[1].IsValid() {
+		return addresses, fmt.Errorf("want an IPv4 address and an IPv6 one, not %q", strings.Join(list, ","))
+	}
+	return addresses, nil
+}
+
 // Validate names each flag whose value cannot be, and says why.
 func (c Config) Validate() error {
-	errs := []error{c.Devices.Validate()}
+	_, err := c.values()
+	errs := []error{c.Devices.Validate(), err}
 	wrong := func(flag, format string, args ...any) {
 		errs = append(errs, fmt.Errorf("--"+flag+": "+format, args...))
 	}

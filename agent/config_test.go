@@ -5,6 +5,7 @@ package agent
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -29,6 +30,20 @@ func TestConfig(t *testing.T) {
 		"a long socket": {func(c *Config) { c.Socket = "/" + strings.Repeat("s", 107) }, []string{"--socket: "}},
 		"a pattern":     {func(c *Config) { c.Devices = node.Config{Devices: []string{"["}} }, []string{"--devices: "}},
 		"no name":       {func(c *Config) { c.NodeName = "" }, []string{"--hostname-override"}},
+		"addresses": {func(c *Config) {
+			c.NodePortAddresses, c.NodePortRange = []string{"primary", "10.0.0.1"}, "5"
+			c.ServiceCIDRs, c.ExternalIPsAllow, c.HairpinAddresses = []string{"10.96.0.0"}, []string{"::ffff:10.0.0.0/104"}, []string{"169.254.77.1"}
+		}, []string{`--nodeport-addresses: "10.0.0.1"`, `--nodeport-range: "5"`, `--service-cluster-ip-range: "10.96.0.0"`,
+			`--external-ips-allow: "::ffff:10.0.0.0/104"`, "--hairpin-addresses: want an IPv4 address and an IPv6 one"}},
+		"good addresses": {func(c *Config) {
+			c.NodePortAddresses, c.NodePortRange = []string{"all", "10.0.0.0/8"}, "80-90"
+			c.ServiceCIDRs, c.ExternalIPsAllow, c.HairpinAddresses = []string{"10.96.0.0/16", "fd00::/112"}, []string{"192.0.2.0/24"}, []string{"fd77::2", "169.254.77.2"}
+		}, nil},
+		"no NodePorts at all": {func(c *Config) { c.NodePortAddresses = []string{} }, nil},
+		"too many prefixes": {func(c *Config) { c.ServiceCIDRs = slices.Repeat([]string{"10.96.0.0/16"}, maps.MaxServicePrefixes+1) },
+			[]string{"--service-cluster-ip-range: "}},
+		"hairpin addresses of one family":   {func(c *Config) { c.HairpinAddresses = []string{"fd77::1", "fd77::2"} }, []string{"--hairpin-addresses: fd77::1 and fd77::2"}},
+		"a hairpin address of the loopback": {func(c *Config) { c.HairpinAddresses = []string{"127.0.0.1", "fd77::2"} }, []string{`--hairpin-addresses: "127.0.0.1"`}},
 		"sizes": {func(c *Config) {
 			c.Sizes = maps.Sizes{Flows: 1, Services: 1, Frontends: 1 << 27, Backends: 1, Slots: 1}
 		},
@@ -92,5 +107,19 @@ func TestBrief(t *testing.T) {
 		if got := brief(errors.Join(errs...)); got != want {
 			t.Errorf("%d errors: %q, want %q", i+1, got, want)
 		}
+	}
+}
+
+// TestValues: what is written is what is meant.
+func TestValues(t *testing.T) {
+	c := Config{HairpinAddresses: []string{"fd77::2", "169.254.77.2"}, ServiceCIDRs: []string{"10.96.0.1/16", " fd00::/112"}}
+	c.Defaults()
+	v, err := c.values()
+	if err != nil {
+		t.Fatal(err)
+	}
+	got := fmt.Sprint(v.nodePorts, v.nodePortRange, v.serviceCIDRs, v.externalIPsAllow == nil, v.hairpin)
+	if want := "{true true false []} 30000-32767 [10.96.0.0/16 fd00::/112] true [169.254.77.2 fd77::2]"; got != want {
+		t.Errorf("got %s, want %s", got, want)
 	}
 }

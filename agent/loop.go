@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/netip"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -25,10 +26,11 @@ import (
 const releaseDelay = 100 * time.Millisecond
 
 // agent is what is between the stages. All of it belongs to the goroutine of run, but for what is said to
-// be another's and what [agent.status] says it reads.
+// be another's and what [agent.Status] says it reads.
 type agent struct {
-	config  Config
-	started time.Time
+	config    Config
+	nodePorts node.NodePorts // --nodeport-addresses
+	started   time.Time
 
 	maps       *maps.Maps
 	folder     *manifest.Folder
@@ -37,8 +39,9 @@ type agent struct {
 	reconciler *reconcile.Reconciler
 	programs   *loader.Loader
 
-	names chan []source.Name         // Services that may have changed
+	dirty chan source.Dirty          // objects that may have changed
 	hosts chan node.Snapshot         // the host, after a change
+	shows chan show                  // what the admin socket asks of the table
 	page  atomic.Pointer[api.Status] // replaced as a whole
 
 	// Of the goroutine of sweep, which tells run when a walk begins and what it has found.
@@ -56,6 +59,8 @@ type agent struct {
 	problems   problemLog
 
 	host        node.Snapshot
+	here        resolve.Host // what the table knows of the host and of its object
+	elsewhere   []netip.Addr // those addresses of its object that the host does not have
 	attached    []loader.Attached
 	uncovered   []node.Uncovered
 	attachError string
@@ -77,19 +82,25 @@ func (a *agent) run(ctx context.Context) error {
 		select {
 		case <-ctx.Done():
 			return nil
-		case names := <-a.names:
-			a.resolve(names)
+		case dirty := <-a.dirty:
+			a.resolve(dirty)
 			a.write()
-			if !a.synced { // the first names are all there are
+			if !a.synced { // the first that are dirty are all there are
 				a.synced = true
 				a.attach()
 				stats := a.reconciler.Stats()
 				a.config.Log.Info("ready", "services", stats.Services, "backends", stats.Backends, "programs", len(a.attached))
 			}
 		case a.host = <-a.hosts:
-			if a.synced {
-				a.attach()
+			if !a.synced {
+				break
 			}
+			a.attach() // first: a new pod sends its first packet now
+			if a.setHost() {
+				a.write()
+			}
+		case show := <-a.shows:
+			show.answer <- a.table.View(show.name)
 		case <-a.sweepBegins:
 			a.reconciler.BeginSweep()
 		case w := <-a.sweepEnds:
@@ -106,21 +117,57 @@ func (a *agent) run(ctx context.Context) error {
 	}
 }
 
-// resolve resolves Services anew.
-func (a *agent) resolve(names []source.Name) {
-	for _, name := range names {
+// resolve resolves objects anew.
+func (a *agent) resolve(dirty source.Dirty) {
+	if dirty.Node || !a.synced {
+		a.setHost() // before the first objects: without it nothing of them is right
+	}
+	for _, name := range dirty.Services {
 		service, endpoints := a.objects.Service(name)
-		change := a.table.Update(resolve.Name(name), service, endpoints)
-		a.reconciler.Set(change.Changed, change.Removed)
+		a.take(a.table.Update(resolve.Name(name), service, endpoints))
+	}
+	for _, name := range dirty.Pods {
+		a.take(a.table.UpdatePod(resolve.Name(name), a.objects.Pod(name)))
 	}
 	a.lastChange = time.Now()
+}
+
+// setHost tells the table what is to be known of this node, from the host and from the node's object, and
+// reports whether anything of it is different. Most that happens on a host, such as a device or a neighbour's
+// route that comes, makes no difference; what does costs what the objects cost that depend on it.
+func (a *agent) setHost() bool {
+	object := a.objects.Node(a.config.NodeName)
+	known := source.AddressesOf(object)
+	here := resolve.Host{
+		Name: a.config.NodeName, Zone: source.ZoneOf(object), Addresses: a.host.OwnAddresses(),
+		NodePorts: node.NodePortAddresses(a.host, a.nodePorts, known),
+		PodRoutes: node.PodRoutes(a.host, a.config.Devices),
+	}
+	a.elsewhere = nil
+	if a.nodePorts.Primary {
+		a.elsewhere = slices.DeleteFunc(known, func(addr netip.Addr) bool { return slices.Contains(here.Addresses, addr) })
+	}
+	if here.Name == a.here.Name && here.Zone == a.here.Zone && slices.Equal(here.Addresses, a.here.Addresses) &&
+		slices.Equal(here.NodePorts, a.here.NodePorts) && slices.Equal(here.PodRoutes, a.here.PodRoutes) {
+		return false
+	}
+	a.here = here
+	a.take(a.table.SetHost(here))
+	a.reconciler.SetHostAddresses(here.Addresses)
+	return true
+}
+
+// take hands on what the table says has changed.
+func (a *agent) take(change resolve.Change) {
+	a.reconciler.Set(change.Changed, change.Removed)
+	a.reconciler.SetForeign(change.Foreign)
 }
 
 // letGo ends the holding, once everything that the mended files name is in the table: it comes some moments
 // after the folder says that they are good, and what is let go before would go, and then be made anew.
 func (a *agent) letGo(ctx context.Context) {
 	a.release.stop()
-	names, current, err := a.objects.Current(ctx)
+	all, current, err := a.objects.Current(ctx)
 	if err != nil {
 		a.config.Log.Error("objects not listed, tried again", "error", err)
 	}
@@ -128,7 +175,7 @@ func (a *agent) letGo(ctx context.Context) {
 		a.release.after(releaseDelay)
 		return
 	}
-	a.resolve(names)
+	a.resolve(all)
 	a.holding = false
 	a.reconciler.Hold(false)
 	a.config.Log.Info("all manifests are read, nothing is held any more")

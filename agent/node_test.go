@@ -81,19 +81,25 @@ func talkVIP(number, family int) netip.AddrPort {
 func newTalk(t *testing.T, manifest func(*site) string) *site {
 	t.Helper()
 	s := newSite(t)
-	for _, b := range s.Backends {
-		for _, serve := range []func(context.Context, *testenv.Namespace, string, string) (*testenv.Server, error){testenv.ServeEcho, testenv.ServeUDP} {
-			server, err := serve(t.Context(), b.Namespace, b.Name, ":7007")
-			if err != nil {
-				t.Fatal(err)
-			}
-			t.Cleanup(func() { server.Close() })
-		}
-	}
+	s.echo()
 	s.write("talk.yaml", manifest(s))
 	s.start(s.config)
 	s.inForce(manifest(s))
 	return s
+}
+
+// echo has every backend echo, by TCP and UDP.
+func (s *site) echo() {
+	s.t.Helper()
+	for _, b := range s.Backends {
+		for _, serve := range []func(context.Context, *testenv.Namespace, string, string) (*testenv.Server, error){testenv.ServeEcho, testenv.ServeUDP} {
+			server, err := serve(s.t.Context(), b.Namespace, b.Name, ":7007")
+			if err != nil {
+				s.t.Fatal(err)
+			}
+			s.t.Cleanup(func() { server.Close() })
+		}
+	}
 }
 
 // inForce waits until an agent has put a file's latest content in force: until the addresses in it are the

@@ -4,6 +4,7 @@ package agent
 
 import (
 	"context"
+	"fmt"
 	"log/slog"
 	"maps"
 	"os"
@@ -12,11 +13,18 @@ import (
 	"github.com/lbagent/lbagent/api"
 	"github.com/lbagent/lbagent/lb"
 	"github.com/lbagent/lbagent/loader"
+	"github.com/lbagent/lbagent/resolve"
 )
 
 // publish puts up what status answers with, and logs what is new of it.
 func (a *agent) publish() {
 	problems := a.table.Problems()
+	for _, addr := range a.elsewhere {
+		problems = append(problems, lb.Problem{
+			Object: "Node " + a.config.NodeName, Field: "status.addresses", Severity: lb.Warning,
+			Message: fmt.Sprintf("%s is not an address of this host: NodePorts are not served there", addr),
+		})
+	}
 	for i := range problems {
 		problems[i].File, problems[i].Document = a.folder.FileOf(problems[i].Object)
 	}
@@ -26,6 +34,8 @@ func (a *agent) publish() {
 	apply, features := a.apply, a.programs.Features()
 	s := api.Status{
 		Running: true, Version: Version(), PID: os.Getpid(), Started: a.started, NodeName: a.config.NodeName,
+		NodePortAddresses: a.here.NodePorts,
+
 		Source: &api.Source{Path: a.config.Manifests, Synced: a.synced, Held: a.holding, LastChange: a.lastChange},
 		Apply:  &apply,
 
@@ -42,11 +52,28 @@ func (a *agent) publish() {
 	a.page.Store(&s)
 }
 
-// status answers the admin socket, from any goroutine: the page that was put up last, and what the maps say
+// Status answers the admin socket, from any goroutine: the page that was put up last, and what the maps say
 // right now; of the flow tables, what the last walk has counted.
-func (a *agent) status() (api.Status, error) {
+func (a *agent) Status() (api.Status, error) {
 	s := *a.page.Load()
 	return s, s.FillFromMaps(a.maps, a.flows.Load())
+}
+
+// show asks for all that is known of a Service, or of a Pod with hostPorts.
+type show struct {
+	name   resolve.Name
+	answer chan []lb.View // has room for it
+}
+
+// Services answers the admin socket, from any goroutine.
+func (a *agent) Services(ctx context.Context, namespace, name string) ([]api.Service, error) {
+	s := show{resolve.Name{Namespace: namespace, Name: name}, make(chan []lb.View, 1)}
+	select {
+	case a.shows <- s:
+		return api.ServicesOf(<-s.answer), nil
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
 }
 
 // problemLog knows which problems were logged. Those of the folder itself are logged by package manifest.

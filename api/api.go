@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 
 // Package api is the admin socket of the agent: HTTP and JSON over a unix socket that only root can open.
-// `GET /v1/status` answers with a [Status]. The types here are those that server and client share, and what
+// `GET /v1/status` answers with a [Status], `GET /v1/services/NAMESPACE/NAME` with a list of [Service]. The types here are those that server and client share, and what
 // `lbagent status -o json` prints; their keys are a contract.
 package api
 
 import (
 	"errors"
+	"net/netip"
 	"path/filepath"
 	"slices"
 	"time"
@@ -24,6 +25,8 @@ type Status struct {
 	PID      int       `json:"pid,omitempty"`
 	Started  time.Time `json:"started,omitzero"`
 	NodeName string    `json:"nodeName,omitempty"`
+
+	NodePortAddresses []netip.Addr `json:"nodePortAddresses,omitempty"` // where NodePorts are served
 
 	Source *Source `json:"source,omitempty"`
 	Apply  *Apply  `json:"apply,omitempty"`

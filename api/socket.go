@@ -10,6 +10,7 @@ import (
 	"io/fs"
 	"net"
 	"net/http"
+	"net/url"
 	"os"
 	"path/filepath"
 	"sync"
@@ -78,19 +79,24 @@ func RemoveStale(path string) (removed bool, err error) {
 	return true, nil
 }
 
-// Serve answers at `l` until ctx ends, and returns nil then. `status` is called for each request, by several
-// goroutines at once, and by none when Serve has returned.
-func Serve(ctx context.Context, l net.Listener, status func() (Status, error)) error {
+// Agent is what the socket asks. Its methods are called by several goroutines at once.
+type Agent interface {
+	Status() (Status, error)
+	// Services returns what is known of a Service, and of a Pod of that name; none is no error.
+	Services(ctx context.Context, namespace, name string) ([]Service, error)
+}
+
+// Serve answers at `l` until ctx ends, and returns nil then. The agent is asked at each request, and not any more
+// when Serve has returned.
+func Serve(ctx context.Context, l net.Listener, agent Agent) error {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /v1/status", func(w http.ResponseWriter, _ *http.Request) {
-		s, err := status()
-		if err != nil {
-			http.Error(w, err.Error(), http.StatusInternalServerError)
-			return
-		}
-		w.Header().Set("Content-Type", "application/json")
-		// An error here is the reader's going away.
-		_ = json.NewEncoder(w).Encode(s)
+		s, err := agent.Status()
+		answer(w, s, err)
+	})
+	mux.HandleFunc("GET /v1/services/{namespace}/{name}", func(w http.ResponseWriter, r *http.Request) {
+		s, err := agent.Services(r.Context(), r.PathValue("namespace"), r.PathValue("name"))
+		answer(w, s, err)
 	})
 	var connections sync.WaitGroup // Shutdown waits for them, but only for a while, and Close does not
 	server := &http.Server{
@@ -125,6 +131,16 @@ func Serve(ctx context.Context, l net.Listener, status func() (Status, error)) e
 	return fmt.Errorf("serve the admin socket: %w", err)
 }
 
+func answer(w http.ResponseWriter, value any, err error) {
+	if err != nil {
+		http.Error(w, err.Error(), http.StatusInternalServerError)
+		return
+	}
+	w.Header().Set("Content-Type", "application/json")
+	// An error here is the reader's going away.
+	_ = json.NewEncoder(w).Encode(value)
+}
+
 // Client asks the agent at a socket.
 type Client struct {
 	http http.Client
@@ -144,23 +160,35 @@ func NewClient(path string) *Client {
 // Status asks for the agent's status. Returns ErrNoAgent if nobody answers.
 func (c *Client) Status(ctx context.Context) (Status, error) {
 	var s Status
-	request, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://lbagent/v1/status", nil)
+	err := c.get(ctx, "/v1/status", &s)
+	return s, err
+}
+
+// Services asks what the agent knows of a Service, and of a Pod of that name. Returns ErrNoAgent if nobody answers.
+func (c *Client) Services(ctx context.Context, namespace, name string) ([]Service, error) {
+	var s []Service
+	err := c.get(ctx, "/v1/services/"+url.PathEscape(namespace)+"/"+url.PathEscape(name), &s)
+	return s, err
+}
+
+func (c *Client) get(ctx context.Context, path string, into any) error {
+	request, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://lbagent"+path, nil)
 	if err != nil {
-		return s, err
+		return err
 	}
 	response, err := c.http.Do(request)
 	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ECONNREFUSED) {
-		return s, fmt.Errorf("%w at %s", ErrNoAgent, c.path)
+		return fmt.Errorf("%w at %s", ErrNoAgent, c.path)
 	}
 	if err != nil {
-		return s, fmt.Errorf("ask the agent at %s: %w", c.path, err)
+		return fmt.Errorf("ask the agent at %s: %w", c.path, err)
 	}
 	defer response.Body.Close()
 	if response.StatusCode != http.StatusOK {
-		return s, fmt.Errorf("ask the agent at %s: it answers %s", c.path, response.Status)
+		return fmt.Errorf("ask the agent at %s: it answers %s", c.path, response.Status)
 	}
-	if err := json.NewDecoder(response.Body).Decode(&s); err != nil {
-		return s, fmt.Errorf("read the answer of the agent at %s: %w", c.path, err)
+	if err := json.NewDecoder(response.Body).Decode(into); err != nil {
+		return fmt.Errorf("read the answer of the agent at %s: %w", c.path, err)
 	}
-	return s, nil
+	return nil
 }

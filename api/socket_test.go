@@ -4,9 +4,12 @@ package api
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
+	"fmt"
 	"io/fs"
 	"net"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
@@ -23,8 +26,25 @@ import (
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
+// fake answers by functions.
+type fake struct {
+	status   func() (Status, error)
+	services func(namespace, name string) ([]Service, error)
+}
+
+func (f fake) Status() (Status, error) { return f.status() }
+
+func (f fake) Services(_ context.Context, namespace, name string) ([]Service, error) {
+	return f.services(namespace, name)
+}
+
 // serve answers with `status` at a socket until the test ends, and returns its path.
 func serve(t *testing.T, status func() (Status, error)) string {
+	t.Helper()
+	return serveAgent(t, fake{status: status})
+}
+
+func serveAgent(t *testing.T, agent Agent) string {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "run", "lbagent.sock")
 	l, err := Listen(path)
@@ -33,7 +53,7 @@ func serve(t *testing.T, status func() (Status, error)) string {
 	}
 	ctx, stop := context.WithCancel(context.Background())
 	done := make(chan error)
-	go func() { done <- Serve(ctx, l, status) }()
+	go func() { done <- Serve(ctx, l, agent) }()
 	t.Cleanup(func() {
 		stop()
 		if err := <-done; err != nil {
@@ -78,6 +98,56 @@ func TestStatusFails(t *testing.T) {
 	}
 }
 
+// TestServices: a name reaches the agent as it is, and its answer comes back whole.
+func TestServices(t *testing.T) {
+	web := lb.ServiceName{Namespace: "default", Name: "web", Port: "http", Protocol: lb.TCP, Family: lb.IPv4}
+	at := func(address string, kind lb.Kind) lb.Frontend {
+		a := netip.MustParseAddrPort(address)
+		return lb.Frontend{VIP: lb.VIP{Addr: a.Addr(), Port: a.Port(), Protocol: lb.TCP}, Kind: kind}
+	}
+	views := []lb.View{{
+		Service: lb.Service{
+			Name: web, Algorithm: lb.Maglev, ExternalLocal: true, Affinity: time.Minute,
+			SourceRanges: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")},
+			Frontends:    []lb.Frontend{at("10.96.0.1:80", lb.ClusterIP), at("192.0.2.1:30080", lb.NodePort)},
+		},
+		Endpoints: []lb.Endpoint{{Addr: netip.MustParseAddrPort("10.244.0.1:8080"), Node: "n1", Zone: "z1", Weight: 5, Local: "on another node"}},
+		Waiting: []lb.Waiting{{Frontend: at("203.0.113.1:80", lb.External),
+			Holder: lb.ServiceName{Namespace: "default", Name: "p", Port: "80", Protocol: lb.TCP, Family: lb.IPv4, Pod: true}}},
+	}}
+	client := NewClient(serveAgent(t, fake{services: func(namespace, name string) ([]Service, error) {
+		if namespace != "default" || name != "web/../x?y" {
+			return nil, fmt.Errorf("asked for %q, %q", namespace, name)
+		}
+		return ServicesOf(views), nil
+	}}))
+	got, err := client.Services(t.Context(), "default", "web/../x?y")
+	if err != nil {
+		t.Fatal(err)
+	}
+	text, err := json.Marshal(got)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := `[{"namespace":"default","name":"web","port":"http","protocol":"TCP","family":"IPv4","affinitySeconds":60,` +
+		`"sourceRanges":["10.0.0.0/8"],"algorithm":"maglev",` +
+		`"frontends":[{"address":"10.96.0.1","port":80,"protocol":"TCP","kind":"ClusterIP","scope":"Cluster"},` +
+		`{"address":"192.0.2.1","port":30080,"protocol":"TCP","kind":"NodePort","scope":"Local"}],` +
+		`"waiting":[{"address":"203.0.113.1","port":80,"protocol":"TCP","kind":"external","scope":"Local",` +
+		`"holder":{"namespace":"default","name":"p","port":"80","protocol":"TCP","family":"IPv4","pod":true}}],` +
+		`"endpoints":[{"address":"10.244.0.1","port":8080,"node":"n1","zone":"z1","weight":5,` +
+		`"cluster":{"used":true},"local":{"used":false,"reason":"on another node"}}]}]`
+	if diff := cmp.Diff(want, string(text)); diff != "" {
+		t.Error(diff)
+	}
+	if got := got[0].Waiting[0].Holder.String(); got != "pod default/p:80/TCP IPv4" {
+		t.Errorf("holder %s", got)
+	}
+	if _, err := client.Services(t.Context(), "default", "other"); err == nil {
+		t.Error("no error where the agent has one")
+	}
+}
+
 // TestServeEndsLast: when Serve returns nobody asks for a status any more, which may read what is closed then.
 func TestServeEndsLast(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "lbagent.sock")
@@ -89,12 +159,12 @@ func TestServeEndsLast(t *testing.T) {
 	var ended atomic.Bool
 	served := make(chan error)
 	go func() {
-		served <- Serve(ctx, l, func() (Status, error) {
+		served <- Serve(ctx, l, fake{status: func() (Status, error) {
 			stop()
 			<-time.After(1500 * time.Millisecond) // as over a large flow table, and longer than Serve is polite
 			ended.Store(true)
 			return Status{}, nil
-		})
+		}})
 	}()
 	_, _ = NewClient(path).Status(t.Context())
 	if err := <-served; err != nil {

@@ -129,7 +129,7 @@ __noinline bool redirect_is_ours(ctx_t *ctx, struct pkt *pkt)
 	__u32 offset;
 	__u64 now;
 
-	if (!pkt || pkt->tuple.protocol != (pkt->family == 4 ? IPPROTO_ICMP : IPPROTO_ICMPV6))
+	if (!pkt || !pkt_is_icmp(pkt))
 		return false;
 	offset = pkt->l4;
 	icmp = ctx_at(ctx, offset, sizeof(*icmp));

@@ -138,6 +138,12 @@ static __always_inline struct change *change_begin(void)
 
 /* ---- statistics ---- */
 
+static __always_inline void half_count(struct flow *flow, __u32 bytes)
+{
+	flow->packets++;
+	flow->bytes += bytes;
+}
+
 /* flow_fold adds what a half has carried since it was last counted to the statistics of its backend, and of the
  * service that has that. It takes no lock: of two CPUs that count one half, one gets to set counted_packets; and
  * bytes are exchanged, so that whoever comes first, their sum is right. */
@@ -507,6 +513,7 @@ static __always_inline enum reason flow_open_locked(struct change *change)
 		     flow_keeps(backend, life, change->frontend.service, &change->u))) {
 			if (flow->flags & FLOW_BACK)
 				change->flags |= CHANGE_BACK;
+			half_count(flow, change->bytes);
 			return flow->hook == AT_BOTH ? REASON_DIRECT : REASON_FORWARD;
 		}
 		tuple_invert(&change->old_back, &change->u);
@@ -544,6 +551,7 @@ static __always_inline enum reason flow_open_locked(struct change *change)
 			/* The same again, by whatever port the backend knows the client. */
 			change->u_back = change->old_back;
 			flow_reopen(change);
+			half_count(flow, change->bytes);
 			return tuple_equal(&change->u, &change->t) ? REASON_NEW_DIRECT
 								   : REASON_NEW_FLOW;
 		}
@@ -751,8 +759,7 @@ static __always_inline void flow_note(const struct pkt *pkt, struct flow *flow,
 	struct change *change;
 	struct flow *twin;
 
-	flow->packets++;
-	flow->bytes += pkt->length;
+	half_count(flow, pkt->length);
 	if (tcp && pkt->tcp_flags & TCP_ACK) {
 		flow->acknowledgement = pkt->acknowledgement;
 		flow->flags |= FLOW_ACKNOWLEDGED;

@@ -28,24 +28,20 @@ struct icmp_header { /* of both families */
 	__be32 rest;
 };
 
-static __always_inline bool pkt_is_icmp(const struct pkt *pkt)
-{
-	return pkt->tuple.protocol == (pkt->family == 4 ? IPPROTO_ICMP : IPPROTO_ICMPV6);
-}
-
 /* ---- errors ---- */
 
 /* icmp_allowed takes one error from what this CPU may send. */
 static __always_inline bool icmp_allowed(void)
 {
 	struct icmp_limit *limit;
-	__u64 now = clock_now(), gained;
+	__u64 now = clock_now(), gained = 0;
 	__u32 zero = 0;
 
 	limit = bpf_map_lookup_elem(&icmp_limits, &zero);
 	if (!limit)
 		return false;
-	gained = (now - limit->last_ns) / ICMP_INTERVAL_NS;
+	if ((__s64)(now - limit->last_ns) > 0)
+		gained = (now - limit->last_ns) / ICMP_INTERVAL_NS;
 	if (limit->tokens + gained >= ICMP_BURST) {
 		limit->tokens = ICMP_BURST;
 		limit->last_ns = now;

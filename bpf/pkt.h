@@ -108,6 +108,11 @@ static __always_inline bool pkt_is_syn(const struct pkt *pkt)
 	return (pkt->tcp_flags & (TCP_SYN | TCP_ACK | TCP_RST)) == TCP_SYN;
 }
 
+static __always_inline bool pkt_is_icmp(const struct pkt *pkt)
+{
+	return pkt->tuple.protocol == (pkt->family == 4 ? IPPROTO_ICMP : IPPROTO_ICMPV6);
+}
+
 /* pkt_parse_l4 reads the ports at pkt->l4. A function of its own to the verifier, as is the next one, for
  * whom its many ways in would otherwise be as many ways through what follows. */
 __noinline enum reason pkt_parse_l4(ctx_t *ctx, struct pkt *pkt)

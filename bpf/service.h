@@ -55,6 +55,13 @@ static __always_inline struct frontend frontend_lookup(const __u8 *address, __u1
 	return loaded.frontend;
 }
 
+/* address_lookup returns what is known of an address itself, for packets whose port is not known or is none of its
+ * frontends'. */
+static __always_inline struct frontend address_lookup(const __u8 *address)
+{
+	return frontend_lookup(address, 0, PROTOCOL_ANY);
+}
+
 /* prefixes_have tells whether an address is one of those where ClusterIPs are. */
 static __always_inline bool prefixes_have(const struct service_prefixes *prefixes,
 					  const __u8 *address)
@@ -91,7 +98,7 @@ __noinline enum reason address_judge(const struct tuple *t)
 	inside = prefixes_have(prefixes, t->destination);
 	if (!inside && !prefixes->elsewhere)
 		return REASON_NO_SERVICE;
-	frontend = frontend_lookup(t->destination, 0, PROTOCOL_ANY);
+	frontend = address_lookup(t->destination);
 	if (frontend.kind == KIND_ADDRESS)
 		return frontend.flags & ADDRESS_CLUSTER_IP ? REASON_WRONG_PORT : REASON_NO_SERVICE;
 	return inside ? REASON_UNASSIGNED : REASON_NO_SERVICE;

@@ -35,10 +35,9 @@ static __always_inline bool flow_useless(const struct flow *flow, const struct t
 	return !(flow->state & FLOW_MOVED) && twin_taken(key, to, now);
 }
 
-/* flow_sweep adds what the entry of a key has carried to the statistics and removes it if it may go, and returns how
- * many it removed. It judges once without the
- * lock, so that none is taken for what stays, and again with it. It does without `changes`: on some kernels
- * BPF_PROG_TEST_RUN lets packets interrupt it. */
+/* flow_sweep counts what the entry of a key has carried, removes it if it may go, and returns how many it removed. It
+ * judges once without the lock, so that none is taken for what stays, and again with it. It does without `changes`: on
+ * some kernels BPF_PROG_TEST_RUN lets packets interrupt it. */
 __noinline int flow_sweep(const struct tuple *key, __u32 in)
 {
 	enum table table = in == FLOWS ? FLOWS : PENDING;

@@ -28,7 +28,7 @@ static __always_inline int ingress_refuse(ctx_t *ctx, struct pkt *pkt, enum reas
 	if (!ours)
 		return verdict(reason, VERDICT_PASS);
 	if (reason == REASON_UNSUPPORTED && echo_is_request(ctx, pkt)) {
-		address = frontend_lookup(pkt->tuple.destination, 0, PROTOCOL_ANY);
+		address = address_lookup(pkt->tuple.destination);
 		if (address.flags & ADDRESS_ECHO)
 			return echo_answer(ctx, pkt);
 		if (address.flags & ADDRESS_CLUSTER_IP)
@@ -44,8 +44,8 @@ static __always_inline int ingress_refuse(ctx_t *ctx, struct pkt *pkt, enum reas
 	return verdict(REASON_VIP_MALFORMED, VERDICT_DROP);
 }
 
-/* ingress_stranger is the exit of a packet that has a port and leads nowhere, for what address_judge says. A
- * frame for another host is that host's. */
+/* ingress_stranger is the exit of a packet whose port is no frontend's, by what address_judge says of its
+ * address. */
 static __always_inline int ingress_stranger(ctx_t *ctx, struct pkt *pkt, enum reason reason)
 {
 	if (reason == REASON_NO_SERVICE)

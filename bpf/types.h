@@ -370,7 +370,7 @@ enum reason {
 	REASON_VIP_FRAGMENT,
 	REASON_VIP_UNSUPPORTED,
 	REASON_REPLY_FRAGMENT,
-	REASON_NO_BACKEND, /* the service has no usable endpoint */
+	REASON_NO_BACKEND, /* rejected: the service has no usable endpoint */
 	REASON_STRAY_RST, /* a TCP reset of no flow */
 	REASON_TUPLE_TAKEN, /* another flow has this client and port at the same backend */
 	REASON_TABLE_FULL, /* the flow table refused an entry */

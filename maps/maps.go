@@ -656,8 +656,9 @@ func sourceRangeOf(service uint32, p netip.Prefix) bpfSourceRange {
 // MaxServicePrefixes is how many prefixes SetServicePrefixes takes.
 const MaxServicePrefixes = len(bpfServicePrefixes{}.List)
 
-// SetServicePrefixes says where ClusterIPs are, and whether there are some elsewhere. A packet meets either the
-// old list or the new one, or for a moment fewer prefixes than either has; never an address of none.
+// SetServicePrefixes says where ClusterIPs are, and whether there are some elsewhere. What stays in its place in the
+// list is not touched. A prefix that comes or goes is four words, and the programs take no lock for it: a packet that
+// is no service's may in that moment be judged by none, or by a mixture of the old one and the new one.
 func (m *Maps) SetServicePrefixes(prefixes []netip.Prefix, elsewhere bool) error {
 	if len(prefixes) > MaxServicePrefixes {
 		return fmt.Errorf("write service prefixes: %d are more than %d", len(prefixes), MaxServicePrefixes)
@@ -681,7 +682,7 @@ func (m *Maps) SetServicePrefixes(prefixes []netip.Prefix, elsewhere bool) error
 		if *now == next {
 			continue
 		}
-		// Mask first when it goes and last when it comes: under no mask, no packet has an address.
+		// Mask first when it goes and last when it comes: where there is no mask, there is no prefix.
 		for _, step := range []struct {
 			word  int
 			value uint64

@@ -9,8 +9,11 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
+	"unsafe"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/btf"
@@ -204,12 +207,28 @@ func TestOtherLayout(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	must(t, m.bpf.Record.Put(uint32(0), bpfRecord{Layout: LayoutVersion + 1}), m.Close())
-	if _, err := Open(dir, small); !errors.Is(err, ErrLayout) {
-		t.Errorf("Open: %v, want ErrLayout", err)
-	}
-	if _, err := Read(dir); !errors.Is(err, ErrLayout) {
-		t.Errorf("Read: %v, want ErrLayout", err)
+	record := m.bpf.Record
+	for _, layout := range []uint32{LayoutVersion + 1, LayoutVersion - 1} {
+		must(t, record.Put(uint32(0), bpfRecord{Layout: layout}))
+		if m != nil {
+			if record, err = record.Clone(); err != nil {
+				t.Fatal(err)
+			}
+			defer record.Close()
+			must(t, m.Close())
+			m = nil
+		}
+		for _, name := range []string{"service_stats", "affinity"} { // which the version before did not have
+			if err := os.Remove(filepath.Join(dir, name)); err != nil && !errors.Is(err, os.ErrNotExist) {
+				t.Fatal(err)
+			}
+		}
+		if _, err := Open(dir, small); !errors.Is(err, ErrLayout) {
+			t.Errorf("Open of layout %d: %v, want ErrLayout", layout, err)
+		}
+		if _, err := Read(dir); !errors.Is(err, ErrLayout) {
+			t.Errorf("Read of layout %d: %v, want ErrLayout", layout, err)
+		}
 	}
 }
 
@@ -251,13 +270,200 @@ func TestFault(t *testing.T) {
 		"name": m.SetServiceName(1, ServiceName{}), "no name": m.DeleteServiceName(1),
 		"service": m.SetServiceCluster(1, SlotRange{}), "slots": m.SetSlots(1, []uint32{1}),
 		"backend": m.SetBackend(1, Backend{}), "life": m.SetBackendLife(1, BackendLife{}),
+		"local": m.SetServiceLocal(1, SlotRange{}), "policy": m.SetServicePolicy(1, Policy{}),
+		"source range": m.SetSourceRange(1, netip.MustParsePrefix("::/0")), "no source range": m.DeleteSourceRange(1, netip.MustParsePrefix("::/0")),
+		"prefixes": m.SetServicePrefixes(nil, true), "stats": m.ClearServiceStats(1), "stats of a backend": m.ClearBackendStats(1),
 	} {
 		if !errors.Is(err, broken) {
 			t.Errorf("%s: %v, want the injected fault", what, err)
 		}
 	}
 	m.Fault = nil
-	must(t, m.DeleteFrontend(FrontendKey{}), m.DeleteServiceName(1)) // of the missing
+	must(t, m.DeleteFrontend(FrontendKey{}), m.DeleteServiceName(1), m.DeleteSourceRange(1, netip.MustParsePrefix("::/0"))) // of the missing
+}
+
+func newMaps(t *testing.T) *Maps {
+	t.Helper()
+	needRoot(t)
+	m, err := New(small)
+	must(t, err)
+	t.Cleanup(func() { m.Close() })
+	return m
+}
+
+// The parts of a service are written each for itself.
+func TestService(t *testing.T) {
+	m := newMaps(t)
+	want := Service{Cluster: SlotRange{First: 8, Count: 3}, Local: SlotRange{First: 16, Count: 1}, Policy: Policy{Flags: ExternalLocal | HasSourceRanges, AffinityTimeoutS: 10800}}
+	must(t, m.SetServiceCluster(3, want.Cluster), m.SetServiceLocal(3, want.Local), m.SetServicePolicy(3, want.Policy))
+	if got := m.Service(3); got != want {
+		t.Errorf("service 3 is %+v, want %+v", got, want)
+	}
+	if got := m.Service(2); got != (Service{}) {
+		t.Errorf("service 2 is %+v", got)
+	}
+	var inKernel Service
+	must(t, m.bpf.Services.Lookup(uint32(3), &inKernel))
+	if inKernel != want {
+		t.Errorf("the kernel has %+v, want %+v", inKernel, want)
+	}
+}
+
+func TestServiceNames(t *testing.T) {
+	for _, name := range []lb.ServiceName{
+		{Namespace: "default", Name: "web", Port: "http", Protocol: lb.TCP, Family: lb.IPv4},
+		{Namespace: "default", Name: "web", Protocol: lb.SCTP, Family: lb.IPv6},
+		{Namespace: "default", Name: "web-0", Port: "192.0.2.1:8080", Protocol: lb.UDP, Family: lb.IPv4, Pod: true},
+	} {
+		wire, err := NameOf(name)
+		if must(t, err); wire.LB() != name {
+			t.Errorf("%s became %s", name, wire.LB())
+		}
+	}
+}
+
+// Source ranges come back as they were written, and the kernel matches clients to them: those of a service alone.
+func TestSourceRanges(t *testing.T) {
+	m := newMaps(t)
+	type of struct {
+		service uint32
+		prefix  netip.Prefix
+	}
+	want := map[of]bool{}
+	for _, p := range []string{"0.0.0.0/0", "10.0.0.0/8", "192.0.2.7/32", "::/0", "2001:db8::/32", "2001:db8::1/128"} {
+		for service := range uint32(2) {
+			want[of{service + 1, netip.MustParsePrefix(p)}] = true
+			must(t, m.SetSourceRange(service+1, netip.MustParsePrefix(p)))
+		}
+	}
+	lookup := func(service uint32, addr string) bool {
+		var v uint8
+		a := netip.MustParseAddr(addr)
+		err := m.bpf.SourceRanges.Lookup(bpfSourceRange{PrefixLength: 32 + 128, Service: service, Address: a.As16()}, &v)
+		return err == nil && v == 1
+	}
+	must(t, m.DeleteSourceRange(2, netip.MustParsePrefix("0.0.0.0/0")), m.DeleteSourceRange(2, netip.MustParsePrefix("::/0")))
+	delete(want, of{2, netip.MustParsePrefix("0.0.0.0/0")})
+	delete(want, of{2, netip.MustParsePrefix("::/0")})
+	for _, tt := range []struct {
+		service uint32
+		addr    string
+		in      bool
+	}{
+		{1, "203.0.113.1", true}, {2, "203.0.113.1", false}, {2, "10.1.2.3", true}, {2, "192.0.2.7", true}, {2, "192.0.2.8", false},
+		{1, "fd00::1", true}, {2, "fd00::1", false}, {2, "2001:db8::9", true}, {3, "10.1.2.3", false},
+	} {
+		if got := lookup(tt.service, tt.addr); got != tt.in {
+			t.Errorf("%s is let in by service %d: %v, want %v", tt.addr, tt.service, got, tt.in)
+		}
+	}
+	must(t, m.EachSourceRange(func(service uint32, p netip.Prefix) bool {
+		if !want[of{service, p}] {
+			t.Errorf("service %d has %s", service, p)
+		}
+		delete(want, of{service, p})
+		return true
+	}))
+	if len(want) > 0 {
+		t.Errorf("not read: %v", want)
+	}
+}
+
+// Prefixes come back as they were written, and while they change a reader finds all that are in both lists at one place.
+func TestServicePrefixes(t *testing.T) {
+	m := newMaps(t)
+	parse := func(all ...string) (to []netip.Prefix) {
+		for _, p := range all {
+			to = append(to, netip.MustParsePrefix(p))
+		}
+		return to
+	}
+	for _, tt := range []struct {
+		prefixes  []netip.Prefix
+		elsewhere bool
+	}{
+		{parse("10.96.0.0/12"), false},
+		{parse("10.96.0.0/12", "fd00:96::/112", "0.0.0.0/0", "::/0", "192.0.2.1/32"), true},
+		{parse("fd00:96::/112"), false},
+		{nil, true},
+	} {
+		must(t, m.SetServicePrefixes(tt.prefixes, tt.elsewhere))
+		got, elsewhere := m.ServicePrefixes()
+		if !slices.Equal(got, tt.prefixes) || elsewhere != tt.elsewhere {
+			t.Errorf("%v %v, want %v %v", got, elsewhere, tt.prefixes, tt.elsewhere)
+		}
+		var inKernel bpfServicePrefixes
+		must(t, m.bpf.ServicePrefixes.Lookup(uint32(0), &inKernel))
+		for i, p := range inKernel.List {
+			if i >= len(tt.prefixes) && p != (bpfPrefix{}) {
+				t.Errorf("prefix %d is left: %v", i, p)
+			}
+		}
+	}
+	if m.SetServicePrefixes(make([]netip.Prefix, MaxServicePrefixes+1), false) == nil {
+		t.Error("too many prefixes, and no error")
+	}
+
+	lists := [][]netip.Prefix{parse("10.96.0.0/12", "172.16.0.0/12"), parse("10.96.0.0/12", "fd00:96::/112", "192.168.0.0/16")}
+	must(t, m.SetServicePrefixes(lists[0], false))
+	const rounds = 200_000
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for i := range rounds {
+			m.SetServicePrefixes(lists[i%2], false)
+		}
+	}()
+	all := (*[unsafe.Sizeof(bpfServicePrefixes{}) / 8]uint64)(unsafe.Pointer(unsafe.SliceData(m.servicePrefixes)))
+	in := func(addr string) bool { // as the programs look, word by word
+		a := netip.MustParseAddr(addr).As16()
+		words := *(*[2]uint64)(unsafe.Pointer(&a))
+		for i := range MaxServicePrefixes {
+			mask := [2]uint64{atomic.LoadUint64(&all[4*i+2]), atomic.LoadUint64(&all[4*i+3])}
+			address := [2]uint64{atomic.LoadUint64(&all[4*i]), atomic.LoadUint64(&all[4*i+1])}
+			if mask != [2]uint64{} && words[0]&mask[0] == address[0] && words[1]&mask[1] == address[1] {
+				return true
+			}
+		}
+		return false
+	}
+	for reading := true; reading; {
+		select {
+		case <-done:
+			reading = false
+		default:
+		}
+		if !in("10.97.0.1") {
+			t.Error("an address that is in both lists was in none")
+			reading = false
+		}
+	}
+	<-done
+}
+
+// Statistics are what the programs have added, of one id each, and are cleared so.
+func TestStats(t *testing.T) {
+	m := newMaps(t)
+	service, backend := ServiceStats{Flows: 1, NoBackend: 2, NoLocalBackend: 3, SourceDenied: 4, PacketsIn: 5, BytesIn: 6, PacketsOut: 7, BytesOut: 8}, BackendStats{Flows: 1, PacketsIn: 2, BytesIn: 3, PacketsOut: 4, BytesOut: 5}
+	for id := range uint32(3) {
+		must(t, m.bpf.ServiceStats.Put(id, service), m.bpf.BackendStats.Put(id, backend))
+	}
+	must(t, m.ClearServiceStats(1), m.ClearBackendStats(2))
+	for id := range uint32(3) {
+		wantService, wantBackend := service, backend
+		if id == 1 {
+			wantService = ServiceStats{}
+		}
+		if id == 2 {
+			wantBackend = BackendStats{}
+		}
+		if got := m.ServiceStats(id); got != wantService {
+			t.Errorf("service %d: %+v, want %+v", id, got, wantService)
+		}
+		if got := m.BackendStats(id); got != wantBackend {
+			t.Errorf("backend %d: %+v, want %+v", id, got, wantBackend)
+		}
+	}
 }
 
 func TestEachReadsAll(t *testing.T) {

@@ -15,7 +15,8 @@ import (
 // host builds a snapshot from lines that read like those of ip(8): devices are numbered as they come.
 //
 //	dev NAME [KIND] [master NAME] [parent NAME] [down] [raw]
-//	route DESTINATION NAME [TABLE]
+//	addr NAME PREFIX [secondary] [tentative] [deprecated]
+//	route DESTINATION NAME [TABLE [METRIC]]
 func host(t *testing.T, lines ...string) Snapshot {
 	t.Helper()
 	s := Snapshot{Devices: []Device{{Index: 1, Name: "lo", Loopback: true, Up: true, LinkHeader: 14}}}
@@ -48,6 +49,11 @@ func host(t *testing.T, lines ...string) Snapshot {
 				}
 			}
 			s.Devices = append(s.Devices, d)
+		case "addr":
+			s.Addresses = append(s.Addresses, Address{
+				Device: index[words[1]], Prefix: netip.MustParsePrefix(words[2]), Secondary: slices.Contains(words, "secondary"),
+				Tentative: slices.Contains(words, "tentative"), Deprecated: slices.Contains(words, "deprecated"),
+			})
 		case "route":
 			r := Route{Table: 254, Destination: netip.MustParsePrefix(words[1]), Device: index[words[2]]}
 			if r.Device == 0 {
@@ -55,6 +61,9 @@ func host(t *testing.T, lines ...string) Snapshot {
 			}
 			if len(words) > 3 {
 				fmt.Sscan(words[3], &r.Table)
+			}
+			if len(words) > 4 {
+				fmt.Sscan(words[4], &r.Metric)
 			}
 			s.Routes = append(s.Routes, r)
 		default:

@@ -396,15 +396,26 @@ func tableOf(svc lb.Service, scope balance.Scope) []int {
 //
 // The agent may die between any two writes, since what a packet can meet is right after each:
 //
-//  1. New backends, and their slots, are written where no service refers to.
-//  2. A service gets its name, then its new slots by one store. Those of its old slots are still there.
-//  3. A frontend is written when its service has its slots. One that goes from a service to another is
+//  1. New backends, and the scopes in which backends become usable, are written before slots name them; new slots
+//     where no service refers to. A client that session affinity brings may come to such a backend some writes
+//     before the slots do.
+//  2. A service gets its name, then source ranges in addition to those that it has: they let in who was let in
+//     before, or is to be. Only now a policy may say that there are any.
+//  3. The slots of each scope, and the policy, are replaced by one store each (newSlots and switchService say in
+//     which order). What they replace is still there: slots, source ranges, and backends usable in all scopes of
+//     before and after. No flow has to look again: a policy, an algorithm and weights are about new ones.
+//  4. A frontend is written when its service has its slots, and after the entry of its address, which says what
+//     becomes of its other ports; and before that entry makes a ClusterIP, it is said that there are some outside of
+//     the prefixes, if there are, or nobody would look for it. A frontend that goes from a service to another is
 //     overwritten: at any time it leads to one of them.
-//  4. Frontends are deleted, then the slots of services that nothing leads to any more are taken away.
-//  5. After a grace period nobody who begins a flow knows the old slots and frontends. Only now flows are
+//  5. Frontends are deleted, then the entries of addresses that nothing is left at, then the slots of services that
+//     nothing leads to any more are taken away. Prefixes are written once all addresses have their entries: what is
+//     sent to an address in a prefix without one is dropped.
+//  6. After a grace period nobody who begins a flow knows the old slots, policies and frontends. Only now flows are
 //     told to look again, by the generation of their backend: one that began meanwhile by the old slots
-//     would get the new generation otherwise, and be valid for ever. Then services' ids and slots become free.
-//  6. A removed backend keeps id and address, for its connections go on. A sweep that begins now and meets none
+//     would get the new generation otherwise, and be valid for ever. Then go source ranges, scopes of backends, slots
+//     of the scope Local without a policy that needs them; and services' ids and slots become free.
+//  7. A removed backend keeps id and address, for its connections go on. A sweep that begins now and meets none
 //     frees them (BeginSweep), by the first writes of an Apply.
 //
 // A backend's own address is IDENTITY among the frontends while the backend has an id, unless a service has a
@@ -412,7 +423,8 @@ func tableOf(svc lb.Service, scope balance.Scope) []int {
 // client does meanwhile straight to the backend, without a flow, is what it always did.
 //
 // Whoever starts then finds services and backends that nothing leads to, which are removed like any other
-// that is not desired; New takes care of generations that a dying agent still had to raise.
+// that is not desired, and source ranges and slots that no policy needs, which go when their service is written;
+// New takes care of generations that a dying agent still had to raise.
 func (r *Reconciler) Apply() error {
 	if !r.hold {
 		r.release()
@@ -1265,8 +1277,11 @@ func (r *Reconciler) settleBackends(s *service, backends []lb.Backend) error {
 				delete(s.backends, addr)
 			}
 			errs = append(errs, err)
-		} else if life := r.maps.Backend(id).Life; life != withFlags(life, flags) {
-			errs = append(errs, r.maps.SetBackendLife(id, withFlags(life, flags)))
+			continue
+		}
+		life := r.maps.Backend(id).Life
+		if less := withFlags(life, life.Flags&flags); less != life {
+			errs = append(errs, r.maps.SetBackendLife(id, less))
 		}
 	}
 	return errors.Join(errs...)

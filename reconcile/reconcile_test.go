@@ -3,6 +3,7 @@
 package reconcile
 
 import (
+	"errors"
 	"fmt"
 	"log/slog"
 	maps2 "maps"
@@ -306,6 +307,12 @@ func TestReuseOfBackendIDs(t *testing.T) {
 	}
 }
 
+func setFlags(g *rig, id uint32, flags uint8) error {
+	life := g.m.Backend(id).Life
+	life.Flags = flags
+	return g.m.SetBackendLife(id, life)
+}
+
 // Whatever the maps say, New adopts what can be used and the first Apply brings the rest in order.
 func TestDamagedMaps(t *testing.T) {
 	name := func(g *rig, id uint32, s string) error {
@@ -370,8 +377,24 @@ func TestDamagedMaps(t *testing.T) {
 		"slots far out of range": func(g *rig) error {
 			return g.m.SetServiceCluster(1, maps.SlotRange{First: 1<<32 - 1, Count: 1<<32 - 1})
 		},
-		"slots of a nameless service":  func(g *rig) error { return g.m.SetServiceCluster(9, maps.SlotRange{First: 40, Count: 1}) },
-		"slots not from the allocator": func(g *rig) error { return g.m.SetServiceCluster(3, maps.SlotRange{First: 33, Count: 2}) },
+		"slots of the scope Local without a policy": func(g *rig) error { return g.m.SetServiceLocal(1, maps.SlotRange{First: 40, Count: 1}) },
+		"slots of both scopes that overlap":         func(g *rig) error { return g.m.SetServiceLocal(1, g.m.Service(1).Cluster) },
+		"a policy without its slots": func(g *rig) error {
+			return g.m.SetServicePolicy(1, maps.Policy{Flags: maps.InternalLocal | maps.HasSourceRanges})
+		},
+		"a policy of a nameless service": func(g *rig) error { return g.m.SetServicePolicy(9, maps.Policy{AffinityTimeoutS: 7}) },
+		"a source range too many":        func(g *rig) error { return g.m.SetSourceRange(1, netip.MustParsePrefix("0.0.0.0/0")) },
+		"a lost source range": func(g *rig) error {
+			return errors.Join(g.m.DeleteSourceRange(3, netip.MustParsePrefix("192.0.2.0/24")), g.m.DeleteSourceRange(3, netip.MustParsePrefix("203.0.113.0/24")))
+		},
+		"a source range of a nameless service":       func(g *rig) error { return g.m.SetSourceRange(9, netip.MustParsePrefix("192.0.2.0/24")) },
+		"a source range of a service out of range":   func(g *rig) error { return g.m.SetSourceRange(1<<30, netip.MustParsePrefix("192.0.2.0/24")) },
+		"a backend that is active in no scope":       func(g *rig) error { return setFlags(g, 1, 0) },
+		"a backend whose scope its slots do not say": func(g *rig) error { return setFlags(g, 1, maps.BackendLocal) },
+		"an address without its flags":               func(g *rig) error { return g.m.SetFrontend(address("10.96.0.1"), maps.FrontendOf(0, lb.Address)) },
+		"other prefixes":                             func(g *rig) error { return g.m.SetServicePrefixes(nil, false) },
+		"slots of a nameless service":                func(g *rig) error { return g.m.SetServiceCluster(9, maps.SlotRange{First: 40, Count: 1}) },
+		"slots not from the allocator":               func(g *rig) error { return g.m.SetServiceCluster(3, maps.SlotRange{First: 33, Count: 2}) },
 		"a slot of another service": func(g *rig) error {
 			return g.m.SetSlots(g.m.Service(1).Cluster.First, g.m.Slots(g.m.Service(3).Cluster)[:1])
 		},
@@ -829,6 +852,93 @@ func TestStats(t *testing.T) {
 	g.sweep(t)
 	if got, want := g.r.Stats(), (Stats{}); got != want {
 		t.Errorf("in the end %+v, want %+v", got, want)
+	}
+}
+
+// What was counted for an id is not its next owner's, and stays while it has the same.
+func TestStatsOfAnID(t *testing.T) {
+	g := testRig(t, maps.Sizes{Frontends: 8, Services: 2, Slots: 8, Backends: 2, Flows: 8})
+	count := func() {
+		t.Helper()
+		for name, value := range map[string]any{"service_stats": maps.ServiceStats{Flows: 7}, "backend_stats": maps.BackendStats{Flows: 7}} {
+			if err := g.m.All()[name].Put(uint32(1), value); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	want := func(what string, service, backend uint64) {
+		t.Helper()
+		if s, b := g.m.ServiceStats(1).Flows, g.m.BackendStats(1).Flows; s != service || b != backend {
+			t.Errorf("%s: %d flows of the service, %d of the backend, want %d and %d", what, s, b, service, backend)
+		}
+	}
+	one := "default/one/TCP IPv4\n  backend 10.0.0.1:80 active\n"
+	g.desire(mustParse(t, one))
+	g.mustApply(t)
+	count()
+	g.desire(mustParse(t, "default/one/TCP IPv4\n"))
+	g.mustApply(t)
+	want("the backend is removed", 7, 7)
+	g.desire(mustParse(t, one))
+	g.mustApply(t)
+	want("it comes back", 7, 7)
+	g.desire(mustParse(t, "default/one/TCP IPv4\n"))
+	g.mustApply(t)
+	g.sweep(t)
+	g.desire(mustParse(t, "default/one/TCP IPv4\n  backend 10.0.0.2:80 active\n"))
+	g.mustApply(t)
+	want("another backend", 7, 0)
+	g.desire(nil)
+	g.mustApply(t)
+	g.desire(mustParse(t, "default/two/TCP IPv4\n"))
+	g.mustApply(t)
+	want("another service", 0, 0)
+}
+
+// A service that needs more source ranges than there is room for stays what it was, until others leave room.
+func TestSourceRangesFull(t *testing.T) {
+	g := testRig(t, small)
+	if g.r.maxRanges != 65536 {
+		t.Errorf("room for %d source ranges", g.r.maxRanges)
+	}
+	g.r.maxRanges = 3
+	const was = "default/a/TCP IPv4\n  frontend 198.51.100.1:80/TCP LoadBalancer\n  sources 10.0.0.0/8\ndefault/b/TCP IPv4\n  sources 10.0.0.0/8\n"
+	g.desire(mustParse(t, was))
+	g.mustApply(t)
+	more := strings.Replace(was, "sources 10.0.0.0/8", "sources 192.0.2.0/25 192.0.2.128/25\n  policy internal-local", 1)
+	g.desire(mustParse(t, more))
+	if err := g.apply(); err == nil || !strings.Contains(err.Error(), "service default/a/TCP IPv4: 2 more source ranges, and 1 of 3 are free") {
+		t.Errorf("error %v", err)
+	}
+	if diff := cmp.Diff(g.expected(mustParse(t, was)), g.dump()); diff != "" {
+		t.Errorf("it is not what it was (-was +maps):\n%s", diff)
+	}
+	less := strings.Replace(more, "default/b/TCP IPv4\n  sources 10.0.0.0/8\n", "", 1)
+	g.desire(mustParse(t, less))
+	if g.apply() == nil { // what leaves room does so after the grace period
+		t.Error("there was room for 4")
+	}
+	g.mustApply(t)
+	g.wantDump(t, mustParse(t, less))
+}
+
+// More prefixes than the map has room for are refused, and those from before stay.
+func TestPrefixesFull(t *testing.T) {
+	g := testRig(t, small)
+	g.mustApply(t)
+	var many []netip.Prefix
+	for i := range maps.MaxServicePrefixes + 1 {
+		many = append(many, netip.PrefixFrom(netip.AddrFrom4([4]byte{10, byte(i), 0, 0}), 16))
+	}
+	if err := g.r.SetPrefixes(many); err == nil || err.Error() != "17 service prefixes are more than 16" {
+		t.Errorf("error %v", err)
+	}
+	if err := g.r.SetPrefixes(append(many[:16], netip.MustParsePrefix("10.3.9.9/16"))); err != nil { // one is there already
+		t.Error(err)
+	}
+	g.mustApply(t)
+	if got, _ := g.m.ServicePrefixes(); !slices.Equal(got, many[:16]) {
+		t.Errorf("prefixes %v", got)
 	}
 }
 

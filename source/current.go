@@ -12,24 +12,24 @@ import (
 	"k8s.io/client-go/tools/cache"
 )
 
-// Current lists all objects once more, and reports whether Service and Node answer with just those: changes
-// take a moment from a watch to here. If so it returns the names of all Services, those too that Next
-// has still to return.
-func (o *Objects) Current(ctx context.Context) (names []Name, current bool, err error) {
+// Current lists all objects once more, and reports whether Service, Pod and Node answer with just those: changes
+// take a moment from a watch to here. If so it returns all that Next ever returned or has still to return, but
+// for what is gone.
+func (o *Objects) Current(ctx context.Context) (all Dirty, current bool, err error) {
 	for _, kind := range []struct {
 		watch    cache.ListerWatcher
 		informer cache.SharedIndexInformer
-	}{{o.watches.Services, o.services}, {o.watches.EndpointSlices, o.slices}, {o.watches.Nodes, o.nodes}} {
+	}{{o.watches.Services, o.services}, {o.watches.EndpointSlices, o.slices}, {o.watches.Pods, o.pods}, {o.watches.Nodes, o.nodes}} {
 		list, err := cache.ToListerWatcherWithContext(kind.watch).ListWithContext(ctx, metav1.ListOptions{})
 		if err != nil {
-			return nil, false, fmt.Errorf("list the objects once more: %w", err)
+			return Dirty{}, false, fmt.Errorf("list the objects once more: %w", err)
 		}
 		same, err := holds(kind.informer.GetStore(), list)
 		if err != nil || !same {
-			return nil, false, err
+			return Dirty{}, false, err
 		}
 	}
-	return o.names(), true, nil
+	return o.all(), true, nil
 }
 
 // holds reports whether a store has the objects of a list in the same versions, and no others.

@@ -13,12 +13,15 @@ func TestCurrent(t *testing.T) {
 	run(t, func(w *world) {
 		w.services.set(service("a", 80))
 		w.slices.set(slice("a-1", "a", "10.0.0.1"))
+		w.pods.set(pod("p", 8080))
+		w.pods.set(pod("q", 0))
 	}, func(w *world) {
 		expect := func(want ...Name) {
 			t.Helper()
-			names, current, err := w.objects.Current(t.Context())
-			if err != nil || current != (want != nil) || current && !cmp.Equal(names, want) {
-				t.Errorf("Current() = %v, %v, %v; want %v", names, current, err, want)
+			all, current, err := w.objects.Current(t.Context())
+			wanted := Dirty{Services: want, Pods: []Name{{"default", "p"}}, Node: true}
+			if err != nil || current != (want != nil) || current && !cmp.Equal(all, wanted) {
+				t.Errorf("Current() = %v, %v, %v; want %v", all, current, err, want)
 			}
 		}
 		a := Name{"default", "a"}
@@ -27,6 +30,10 @@ func TestCurrent(t *testing.T) {
 		w.mute(w.services, func() { w.services.set(service("b", 80)) })
 		expect()
 		w.mute(w.services, func() { w.services.remove("default/b") })
+		expect(a)
+		w.mute(w.pods, func() { w.pods.set(pod("r", 0)) })
+		expect()
+		w.mute(w.pods, func() { w.pods.remove("default/r") })
 		expect(a)
 		w.mute(w.slices, func() { w.slices.set(slice("a-1", "a", "10.0.0.2")) })
 		expect()

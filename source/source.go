@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
 // Package source keeps the Kubernetes objects that services are made of, as a list and watch of each kind
-// delivers them, and tells which Services a change concerns. Where they come from, a folder or an API server,
+// delivers them, and tells what a change concerns: Services, Pods with hostPorts, or this node. Where they come from, a folder or an API server,
 // makes no difference here.
 package source
 
@@ -12,6 +12,7 @@ import (
 	"log/slog"
 	"maps"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -24,7 +25,7 @@ import (
 	"k8s.io/klog/v2"
 )
 
-// Name is the name of a Service.
+// Name is the name of a Service or of a Pod.
 type Name struct {
 	Namespace, Name string
 }
@@ -41,9 +42,16 @@ func (n Name) Compare(o Name) int {
 type Watches struct {
 	Services       cache.ListerWatcher
 	EndpointSlices cache.ListerWatcher
+	Pods           cache.ListerWatcher
 	Nodes          cache.ListerWatcher
-	// Node is the name of this node. When its object changes, every Service is dirty.
-	Node string
+	Node           string // the name of this node
+}
+
+// Dirty is what may have changed. A name may be of an object that is gone.
+type Dirty struct {
+	Services []Name // sorted, each once; with slices of theirs that changed. A Service may never have been
+	Pods     []Name // sorted, each once; those that have or had a hostPort
+	Node     bool   // this node's object
 }
 
 // LogTo sends what client-go has to say to a log. It knows one for the whole process, so this is main's to call.
@@ -65,6 +73,7 @@ type Objects struct {
 	watches       Watches
 	services      cache.SharedIndexInformer
 	slices        cache.SharedIndexInformer
+	pods          cache.SharedIndexInformer
 	nodes         cache.SharedIndexInformer
 	registrations []cache.ResourceEventHandlerRegistration
 
@@ -73,32 +82,48 @@ type Objects struct {
 	mu     sync.Mutex
 	synced bool
 	told   bool // Next has returned once
-	dirty  map[Name]struct{}
+	dirty  map[concern]struct{}
 }
+
+// concern is what a change concerns.
+type concern struct {
+	of   kind
+	name Name // none with aNode: there is one only
+}
+
+type kind uint8
+
+const (
+	aService kind = iota
+	aPod
+	aNode
+)
 
 // New makes Objects that [Objects.Run] fills.
 func New(w Watches) (*Objects, error) {
-	o := &Objects{watches: w, changed: make(chan struct{}, 1), dirty: map[Name]struct{}{}}
+	o := &Objects{watches: w, changed: make(chan struct{}, 1), dirty: map[concern]struct{}{}}
 	index := cache.Indexers{byService: func(obj any) ([]string, error) {
 		return []string{serviceOf(obj.(*discoveryv1.EndpointSlice)).String()}, nil
 	}}
 	o.services = cache.NewSharedIndexInformer(w.Services, &corev1.Service{}, 0, cache.Indexers{})
 	o.slices = cache.NewSharedIndexInformer(w.EndpointSlices, &discoveryv1.EndpointSlice{}, 0, index)
+	o.pods = cache.NewSharedIndexInformer(w.Pods, &corev1.Pod{}, 0, cache.Indexers{})
 	o.nodes = cache.NewSharedIndexInformer(w.Nodes, &corev1.Node{}, 0, cache.Indexers{})
 	for _, kind := range []struct {
 		informer cache.SharedIndexInformer
-		concerns func(obj any) []Name
+		concerns func(obj any) (concern, bool)
 	}{
-		{o.services, func(obj any) []Name {
-			svc := obj.(*corev1.Service)
-			return []Name{{svc.Namespace, svc.Name}}
+		{o.services, func(obj any) (concern, bool) { return concern{aService, nameOf(obj.(metav1.Object))}, true }},
+		{o.slices, func(obj any) (concern, bool) {
+			name := serviceOf(obj.(*discoveryv1.EndpointSlice))
+			return concern{aService, name}, name.Name != ""
 		}},
-		{o.slices, func(obj any) []Name { return []Name{serviceOf(obj.(*discoveryv1.EndpointSlice))} }},
-		{o.nodes, func(obj any) []Name {
-			if obj.(*corev1.Node).Name != o.watches.Node {
-				return nil
-			}
-			return o.names()
+		{o.pods, func(obj any) (concern, bool) {
+			_, whole := obj.(*corev1.Pod)
+			return concern{aPod, nameOf(obj.(metav1.Object))}, whole
+		}},
+		{o.nodes, func(obj any) (concern, bool) {
+			return concern{of: aNode}, obj.(*corev1.Node).Name == o.watches.Node
 		}},
 	} {
 		if err := kind.informer.SetTransform(trim); err != nil {
@@ -114,35 +139,36 @@ func New(w Watches) (*Objects, error) {
 }
 
 // handler marks as dirty what a change concerns, before it and after it.
-func (o *Objects) handler(concerns func(obj any) []Name) cache.ResourceEventHandler {
+func (o *Objects) handler(concerns func(obj any) (concern, bool)) cache.ResourceEventHandler {
 	return cache.ResourceEventHandlerFuncs{
-		AddFunc: func(obj any) { o.mark(concerns(obj)) },
+		AddFunc: func(obj any) { o.mark(concerns, obj) },
 		UpdateFunc: func(old, obj any) {
 			if !same(old.(metav1.Object), obj.(metav1.Object)) {
-				o.mark(slices.Concat(concerns(old), concerns(obj)))
+				o.mark(concerns, old, obj)
 			}
 		},
 		DeleteFunc: func(obj any) {
 			if unseen, ok := obj.(cache.DeletedFinalStateUnknown); ok {
 				obj = unseen.Obj
 			}
-			o.mark(concerns(obj))
+			o.mark(concerns, obj)
 		},
 	}
 }
 
-func (o *Objects) mark(names []Name) {
-	if len(names) == 0 {
-		return
-	}
+func (o *Objects) mark(concerns func(obj any) (concern, bool), objects ...any) {
+	marked := false
 	o.mu.Lock()
-	for _, n := range names {
-		if n.Name != "" {
-			o.dirty[n] = struct{}{}
+	for _, obj := range objects {
+		if c, ok := concerns(obj); ok {
+			o.dirty[c] = struct{}{}
+			marked = true
 		}
 	}
 	o.mu.Unlock()
-	o.wake()
+	if marked {
+		o.wake()
+	}
 }
 
 func (o *Objects) wake() {
@@ -156,7 +182,7 @@ func (o *Objects) wake() {
 func (o *Objects) Run(ctx context.Context) error {
 	var running sync.WaitGroup
 	defer running.Wait()
-	for _, informer := range []cache.SharedIndexInformer{o.services, o.slices, o.nodes} {
+	for _, informer := range []cache.SharedIndexInformer{o.services, o.slices, o.pods, o.nodes} {
 		running.Go(func() { informer.RunWithContext(ctx) })
 	}
 	for _, r := range o.registrations {
@@ -174,22 +200,21 @@ func (o *Objects) Run(ctx context.Context) error {
 	return nil
 }
 
-// Next waits until Services may have changed, and for a lull, and returns their names, each once, however
-// often it changed since; sorted. The first call returns every Service once all that there was at first is
-// known, also where there is none. A name may be of a Service that is gone, or that has never been though
-// there are slices of it. Returns an error only when ctx ends. For one caller at a time.
-func (o *Objects) Next(ctx context.Context) ([]Name, error) {
+// Next waits until something may have changed, and for a lull, and returns what, each once, however often it
+// changed since. The first call returns every Service and every Pod with a hostPort once all that there was at
+// first is known, also where there is none. Returns an error only when ctx ends. For one caller at a time.
+func (o *Objects) Next(ctx context.Context) (Dirty, error) {
 	for {
 		select {
 		case <-o.changed:
 		case <-ctx.Done():
-			return nil, ctx.Err()
+			return Dirty{}, ctx.Err()
 		}
 		if err := o.waitForLull(ctx); err != nil {
-			return nil, err
+			return Dirty{}, err
 		}
-		if names, ok := o.take(); ok {
-			return names, nil
+		if dirty, ok := o.take(); ok {
+			return dirty, nil
 		}
 	}
 }
@@ -212,16 +237,28 @@ func (o *Objects) waitForLull(ctx context.Context) error {
 	}
 }
 
-func (o *Objects) take() ([]Name, bool) {
+func (o *Objects) take() (Dirty, bool) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	if !o.synced || o.told && len(o.dirty) == 0 {
-		return nil, false
+		return Dirty{}, false
 	}
 	o.told = true
-	names := slices.SortedFunc(maps.Keys(o.dirty), Name.Compare)
-	o.dirty = map[Name]struct{}{} // a map never shrinks, and this one held every Service once
-	return names, true
+	var d Dirty
+	for c := range o.dirty {
+		switch c.of {
+		case aService:
+			d.Services = append(d.Services, c.name)
+		case aPod:
+			d.Pods = append(d.Pods, c.name)
+		case aNode:
+			d.Node = true
+		}
+	}
+	slices.SortFunc(d.Services, Name.Compare)
+	slices.SortFunc(d.Pods, Name.Compare)
+	o.dirty = map[concern]struct{}{} // a map never shrinks, and this one held every Service once
+	return d, true
 }
 
 // Service returns a Service, nil if there is none, and the EndpointSlices that are of it, sorted by name.
@@ -248,26 +285,50 @@ func (o *Objects) Node(name string) *corev1.Node {
 	return obj.(*corev1.Node)
 }
 
-// names returns the names of all Services.
-func (o *Objects) names() (names []Name) {
+// Pod returns a Pod that has a hostPort, nil if there is none.
+func (o *Objects) Pod(name Name) *corev1.Pod {
+	obj, _, _ := o.pods.GetIndexer().GetByKey(name.String())
+	pod, _ := obj.(*corev1.Pod)
+	return pod
+}
+
+// all returns everything that Next returns at first.
+func (o *Objects) all() Dirty {
+	d := Dirty{Node: true}
 	for _, key := range o.services.GetIndexer().ListKeys() {
 		namespace, name, _ := cache.SplitMetaNamespaceKey(key)
-		names = append(names, Name{namespace, name})
+		d.Services = append(d.Services, Name{namespace, name})
 	}
-	return names
+	for _, obj := range o.pods.GetIndexer().List() {
+		if pod, ok := obj.(*corev1.Pod); ok {
+			d.Pods = append(d.Pods, nameOf(pod))
+		}
+	}
+	return d
 }
+
+func nameOf(obj metav1.Object) Name { return Name{obj.GetNamespace(), obj.GetName()} }
 
 func serviceOf(s *discoveryv1.EndpointSlice) Name {
 	return Name{s.Namespace, s.Labels[discoveryv1.LabelServiceName]}
 }
 
-// trim drops what no stage reads, so that it takes no memory and its changes make nothing dirty.
+// ours is how the annotations begin that lbagent reads.
+const ours = "lbagent.io/"
+
+// trim drops what no stage reads, so that it takes no memory and its changes make nothing dirty. Of a Pod without
+// a hostPort no more is left than that there is one.
 func trim(obj any) (any, error) {
 	if m, ok := obj.(metav1.Object); ok {
 		m.SetManagedFields(nil)
-		m.SetAnnotations(nil)
 		m.SetOwnerReferences(nil)
 		m.SetFinalizers(nil)
+		annotations := m.GetAnnotations()
+		maps.DeleteFunc(annotations, func(key, _ string) bool { return !strings.HasPrefix(key, ours) })
+		if len(annotations) == 0 {
+			annotations = nil
+		}
+		m.SetAnnotations(annotations)
 	}
 	switch obj := obj.(type) {
 	case *corev1.Service:
@@ -279,8 +340,44 @@ func trim(obj any) (any, error) {
 		}
 	case *corev1.Node:
 		obj.Status = corev1.NodeStatus{Addresses: obj.Status.Addresses}
+	case *corev1.Pod:
+		return trimPod(obj), nil
 	}
 	return obj, nil
+}
+
+func trimPod(p *corev1.Pod) metav1.Object {
+	meta := metav1.ObjectMeta{
+		Namespace: p.Namespace, Name: p.Name, UID: p.UID, ResourceVersion: p.ResourceVersion,
+		CreationTimestamp: p.CreationTimestamp, DeletionTimestamp: p.DeletionTimestamp,
+	}
+	spec := corev1.PodSpec{
+		NodeName: p.Spec.NodeName, HostNetwork: p.Spec.HostNetwork,
+		InitContainers: hostPorts(p.Spec.InitContainers), Containers: hostPorts(p.Spec.Containers),
+	}
+	if len(spec.InitContainers)+len(spec.Containers) == 0 {
+		return &metav1.PartialObjectMetadata{ObjectMeta: meta}
+	}
+	return &corev1.Pod{ObjectMeta: meta, Spec: spec, Status: corev1.PodStatus{
+		Phase: p.Status.Phase, PodIP: p.Status.PodIP, PodIPs: p.Status.PodIPs,
+	}}
+}
+
+// hostPorts returns the containers that have hostPorts, with those alone. An empty container stands for one
+// without, so that problems name the field that has it.
+func hostPorts(containers []corev1.Container) []corev1.Container {
+	last := 0 // number of those up to the last with one
+	kept := make([]corev1.Container, len(containers))
+	for i, c := range containers {
+		kept[i].Name, kept[i].RestartPolicy = c.Name, c.RestartPolicy
+		if slices.ContainsFunc(c.Ports, func(p corev1.ContainerPort) bool { return p.HostPort != 0 }) {
+			kept[i].Ports, last = c.Ports, i+1
+		}
+	}
+	if last == 0 {
+		return nil
+	}
+	return slices.Clone(kept[:last]) // a container is large
 }
 
 // same reports whether two states of one object differ in their version only.

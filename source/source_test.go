@@ -129,22 +129,22 @@ func node(name, zone string) *corev1.Node {
 
 // world is Objects that run, in a bubble of synctest.
 type world struct {
-	t                       *testing.T
-	services, slices, nodes *server
-	objects                 *Objects
+	t                             *testing.T
+	services, slices, pods, nodes *server
+	objects                       *Objects
 }
 
 // run runs a test in a bubble. before fills the servers.
 func run(t *testing.T, before, test func(w *world)) {
 	synctest.Test(t, func(t *testing.T) {
-		w := &world{t: t, services: newServer(), slices: newServer(), nodes: newServer()}
+		w := &world{t: t, services: newServer(), slices: newServer(), pods: newServer(), nodes: newServer()}
 		before(w)
-		o, err := New(Watches{Services: w.services, EndpointSlices: w.slices, Nodes: w.nodes, Node: "this"})
+		o, err := New(Watches{Services: w.services, EndpointSlices: w.slices, Pods: w.pods, Nodes: w.nodes, Node: "this"})
 		if err != nil {
 			t.Fatal(err)
 		}
 		w.objects = o
-		for _, informer := range []cache.SharedIndexInformer{o.services, o.slices, o.nodes} {
+		for _, informer := range []cache.SharedIndexInformer{o.services, o.slices, o.pods, o.nodes} {
 			// The default one sleeps by a clock from outside the bubble, for 26 years.
 			if err := informer.SetWatchErrorHandler(func(*cache.Reflector, error) {}); err != nil {
 				t.Fatal(err)
@@ -162,19 +162,20 @@ func run(t *testing.T, before, test func(w *world)) {
 	})
 }
 
-// dirty returns what Next does once all is quiet, "blocks" if it does not return.
+// dirty returns what Next does once all is quiet, "blocks" if it does not return: the names of Services,
+// those of Pods as "pod default/a", and "node".
 func (w *world) dirty() string {
 	synctest.Wait()
 	ctx, cancel := context.WithCancel(w.t.Context())
 	defer cancel()
 	type result struct {
-		names []Name
+		dirty Dirty
 		err   error
 	}
 	got := make(chan result, 1)
 	go func() {
-		names, err := w.objects.Next(ctx)
-		got <- result{names, err}
+		dirty, err := w.objects.Next(ctx)
+		got <- result{dirty, err}
 	}()
 	<-time.After(2 * lull)
 	synctest.Wait()
@@ -187,8 +188,14 @@ func (w *world) dirty() string {
 		return "blocks"
 	}
 	var s []string
-	for _, n := range r.names {
+	for _, n := range r.dirty.Services {
 		s = append(s, n.String())
+	}
+	for _, n := range r.dirty.Pods {
+		s = append(s, "pod "+n.String())
+	}
+	if r.dirty.Node {
+		s = append(s, "node")
 	}
 	return strings.Join(s, " ")
 }
@@ -230,7 +237,7 @@ func TestChanges(t *testing.T) {
 		w.nodes.set(node("this", "z1"))
 		w.nodes.set(node("that", "z2"))
 	}, func(w *world) {
-		w.expect("default/a default/b default/c")
+		w.expect("default/a default/b default/c node")
 		w.expect("blocks")
 		w.has("a", "80 10.0.0.1 10.0.0.2")
 		w.has("c", "80")
@@ -267,11 +274,11 @@ func TestChanges(t *testing.T) {
 		w.expect("default/d")
 		w.has("d", "80 10.0.0.7")
 
-		// Nodes: only this one concerns Services, and only in what is read of it.
+		// Nodes: only this one is told of, and only what is read of it.
 		w.nodes.set(node("that", "z3"))
 		w.expect("blocks")
 		w.nodes.set(node("this", "z3"))
-		w.expect("default/a default/b default/c default/d")
+		w.expect("node")
 		beat := node("this", "z3")
 		beat.Annotations = map[string]string{"a": "b"}
 		beat.Status.Conditions = []corev1.NodeCondition{{Type: corev1.NodeReady}}
@@ -281,7 +288,7 @@ func TestChanges(t *testing.T) {
 			t.Errorf("zone %s", z)
 		}
 		w.nodes.remove("/this")
-		w.expect("default/a default/b default/c default/d")
+		w.expect("node")
 		if w.objects.Node("this") != nil {
 			t.Error("there is a node that was deleted")
 		}
@@ -293,6 +300,58 @@ func TestChanges(t *testing.T) {
 		w.expect("default/b default/d")
 		w.has("d", "80")
 		w.has("b", "none")
+	})
+}
+
+// pod has one container, with a hostPort unless that is 0.
+func pod(name string, hostPort int32) *corev1.Pod {
+	return &corev1.Pod{
+		ObjectMeta: metav1.ObjectMeta{Namespace: "default", Name: name},
+		Spec: corev1.PodSpec{Containers: []corev1.Container{{
+			Name: "c", Ports: []corev1.ContainerPort{{ContainerPort: 80, HostPort: hostPort}},
+		}}},
+	}
+}
+
+// TestPods: only those with a hostPort are told of and known.
+func TestPods(t *testing.T) {
+	run(t, func(w *world) {
+		w.pods.set(pod("a", 8080))
+		w.pods.set(pod("b", 0))
+	}, func(w *world) {
+		w.expect("pod default/a")
+		if p := w.objects.Pod(Name{"default", "a"}); p == nil || p.Spec.Containers[0].Ports[0].HostPort != 8080 {
+			t.Errorf("the Pod with a hostPort is %v", p)
+		}
+		if p := w.objects.Pod(Name{"default", "b"}); p != nil {
+			t.Errorf("the Pod without one is %v", p)
+		}
+		changed := pod("b", 0)
+		changed.Status.Phase = corev1.PodRunning
+		w.pods.set(changed)
+		w.expect("blocks")
+
+		// A hostPort comes, its Pod changes, and it goes.
+		w.pods.set(pod("b", 8081))
+		w.services.set(service("b", 80))
+		w.expect("default/b pod default/b")
+		changed = pod("b", 8081)
+		changed.Status.PodIPs = []corev1.PodIP{{IP: "10.0.0.1"}}
+		w.pods.set(changed)
+		w.expect("pod default/b")
+		w.pods.set(pod("b", 0))
+		w.expect("pod default/b")
+		if p := w.objects.Pod(Name{"default", "b"}); p != nil {
+			t.Errorf("the Pod whose hostPort went is %v", p)
+		}
+		w.pods.remove("default/b")
+		w.expect("blocks")
+		w.pods.cut("default/a")
+		w.settle()
+		w.expect("pod default/a")
+		if p := w.objects.Pod(Name{"default", "a"}); p != nil {
+			t.Errorf("the Pod that went is %v", p)
+		}
 	})
 }
 
@@ -356,7 +415,7 @@ func TestNothingBeforeSync(t *testing.T) {
 // TestStopBeforeSync: Run ends though nothing was ever listed.
 func TestStopBeforeSync(t *testing.T) {
 	run(t, func(w *world) {
-		w.services.refuse, w.slices.refuse, w.nodes.refuse = true, true, true
+		w.services.refuse, w.slices.refuse, w.pods.refuse, w.nodes.refuse = true, true, true, true
 	}, func(w *world) { w.expect("blocks") })
 }
 
@@ -373,14 +432,21 @@ func TestEmpty(t *testing.T) {
 func TestTrim(t *testing.T) {
 	svc := service("a", 80)
 	svc.ManagedFields = []metav1.ManagedFieldsEntry{{Manager: "kubectl"}}
-	svc.Annotations = map[string]string{"kubectl.kubernetes.io/last-applied-configuration": "{}"}
+	svc.Annotations = map[string]string{"kubectl.kubernetes.io/last-applied-configuration": "{}", "lbagent.io/algorithm": "maglev"}
 	svc.Labels = map[string]string{"service.kubernetes.io/headless": ""}
 	s := slice("a-1", "a", "10.0.0.1")
 	s.Endpoints[0].TargetRef = &corev1.ObjectReference{Name: "p"}
 	n := node("this", "z")
 	n.Status.Addresses = []corev1.NodeAddress{{Type: corev1.NodeInternalIP, Address: "10.0.0.1"}}
 	n.Status.Images = []corev1.ContainerImage{{Names: []string{"i"}}}
+	p := pod("p", 8080)
+	p.Labels = map[string]string{"app": "p"}
+	p.Spec.NodeName = "this"
+	p.Spec.ServiceAccountName = "s"
+	p.Spec.Containers = []corev1.Container{{Name: "other", Image: "i"}, p.Spec.Containers[0], {Name: "last"}}
+	p.Status = corev1.PodStatus{Phase: corev1.PodRunning, PodIP: "10.0.0.1", PodIPs: []corev1.PodIP{{IP: "10.0.0.1"}}, HostIP: "192.0.2.1"}
 	run(t, func(w *world) {
+		w.pods.set(p)
 		w.services.set(svc)
 		w.slices.set(s)
 		w.nodes.set(n)
@@ -388,11 +454,19 @@ func TestTrim(t *testing.T) {
 		gotSvc, gotSlices := w.objects.Service(Name{"default", "a"})
 		wantSvc := service("a", 80)
 		wantSvc.Labels = svc.Labels
+		wantSvc.Annotations = map[string]string{"lbagent.io/algorithm": "maglev"}
 		wantSlice := slice("a-1", "a", "10.0.0.1")
 		wantNode := node("this", "z")
 		wantNode.Status.Addresses = n.Status.Addresses
-		for _, o := range []metav1.Object{wantSvc, wantSlice, wantNode} {
+		wantPod := pod("p", 8080)
+		wantPod.Spec.NodeName = "this"
+		wantPod.Spec.Containers = []corev1.Container{{Name: "other"}, wantPod.Spec.Containers[0]}
+		wantPod.Status = corev1.PodStatus{Phase: corev1.PodRunning, PodIP: "10.0.0.1", PodIPs: p.Status.PodIPs}
+		for _, o := range []metav1.Object{wantSvc, wantSlice, wantNode, wantPod} {
 			o.SetResourceVersion("1")
+		}
+		if diff := cmp.Diff(wantPod, w.objects.Pod(Name{"default", "p"})); diff != "" {
+			t.Errorf("Pod (-want +got):\n%s", diff)
 		}
 		if diff := cmp.Diff(wantSvc, gotSvc); diff != "" {
 			t.Errorf("Service (-want +got):\n%s", diff)

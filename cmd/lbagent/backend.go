@@ -10,6 +10,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/lbagent/lbagent/api"
 	"github.com/lbagent/lbagent/lb"
 	"github.com/lbagent/lbagent/maps"
 )
@@ -21,7 +22,7 @@ func newBackend(p *places) *cobra.Command {
 // listedBackend is a backend with its service, which is absent where the backend is removed: the id may be
 // another service's by then.
 type listedBackend struct {
-	Service *serviceName `json:"service,omitempty"`
+	Service *api.ServiceName `json:"service,omitempty"`
 	backend
 }
 
@@ -49,11 +50,11 @@ func newBackendList(p *places) *cobra.Command {
 		return out.print(cmd.OutOrStdout(), backends, func(w io.Writer) {
 			rows := [][]string{{"NAMESPACE", "NAME", "PORT", "PROTOCOL", "BACKEND", "STATE", "GENERATION", "ID"}}
 			for _, b := range backends {
-				var s serviceName
+				var s api.ServiceName
 				if b.Service != nil {
 					s = *b.Service
 				}
-				rows = append(rows, []string{s.Namespace, s.Name, s.Port, s.Protocol, b.addrPort(), b.State,
+				rows = append(rows, []string{s.Namespace, objectName(s), s.Port, s.Protocol, b.addrPort(), b.State,
 					fmt.Sprint(b.Generation), fmt.Sprint(b.ID)})
 			}
 			columns(w, rows)
@@ -73,7 +74,7 @@ func readBackends(m *maps.Maps) ([]listedBackend, error) {
 	for id, b := range m.EachBackend() {
 		l := listedBackend{backend: backendOf(id, b)}
 		if n, ok := names[b.Service]; ok && b.Life.State != maps.BackendRemoved {
-			name := nameOf(n)
+			name := api.NameOf(n)
 			l.Service, services[id] = &name, n
 		}
 		all = append(all, l)

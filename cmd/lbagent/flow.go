@@ -12,6 +12,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/lbagent/lbagent/api"
 	"github.com/lbagent/lbagent/lb"
 	"github.com/lbagent/lbagent/loader"
 	"github.com/lbagent/lbagent/maps"
@@ -23,15 +24,15 @@ func newFlow(p *places) *cobra.Command {
 
 // flow is a living flow: a forward half with its reply half.
 type flow struct {
-	Client   netip.AddrPort `json:"client"`
-	VIP      netip.AddrPort `json:"vip"`
-	Backend  netip.AddrPort `json:"backend"`
-	Protocol string         `json:"protocol"`
-	Service  *serviceName   `json:"service,omitempty"` // absent where neither the VIP nor the backend is in force
-	State    string         `json:"state"`
-	Age      float64        `json:"ageSeconds"` // of the last packet, in either direction
-	Forward  traffic        `json:"forward"`
-	Reply    traffic        `json:"reply"`
+	Client   netip.AddrPort   `json:"client"`
+	VIP      netip.AddrPort   `json:"vip"`
+	Backend  netip.AddrPort   `json:"backend"`
+	Protocol string           `json:"protocol"`
+	Service  *api.ServiceName `json:"service,omitempty"` // absent where neither the VIP nor the backend is in force
+	State    string           `json:"state"`
+	Age      float64          `json:"ageSeconds"` // of the last packet, in either direction
+	Forward  traffic          `json:"forward"`
+	Reply    traffic          `json:"reply"`
 }
 
 type traffic struct {
@@ -151,7 +152,7 @@ func readFlows(m *maps.Maps, timeouts loader.Timeouts, direct bool) ([]flow, err
 			}
 		}
 		if n, ok := names[id]; ok {
-			name := nameOf(n)
+			name := api.NameOf(n)
 			f.Service = &name
 		}
 		flows = append(flows, f)

@@ -22,6 +22,7 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 
+	"github.com/lbagent/lbagent/api"
 	"github.com/lbagent/lbagent/internal/testenv"
 	"github.com/lbagent/lbagent/lb"
 	"github.com/lbagent/lbagent/maps"
@@ -76,11 +77,66 @@ func TestScripts(t *testing.T) {
 			"fill": func(ts *testscript.TestScript, _ bool, _ []string) {
 				ts.Check(fill(filepath.Join(ts.Getenv("ROOT"), "maps")))
 			},
+			// answer has an agent answer at $SOCKET until the script ends.
+			"answer": func(ts *testscript.TestScript, _ bool, _ []string) {
+				l, err := api.Listen(ts.Getenv("SOCKET"))
+				ts.Check(err)
+				ctx, stop := context.WithCancel(t.Context())
+				served := make(chan error)
+				go func() { served <- api.Serve(ctx, l, answers{}) }()
+				ts.Defer(func() {
+					stop()
+					if err := <-served; err != nil {
+						t.Error(err)
+					}
+				})
+			},
 		},
 	})
 }
 
-// fill pins maps with three services, and flows of 90 s ago.
+// answers is an agent that knows default/web, and of two Services that wait for another's addresses.
+type answers struct{}
+
+func (answers) Status() (api.Status, error) { return api.Status{Running: true}, nil }
+
+func (answers) Services(_ context.Context, namespace, name string) ([]api.Service, error) {
+	web := lb.ServiceName{Namespace: "default", Name: "web", Port: "http", Protocol: lb.TCP, Family: lb.IPv4}
+	late := lb.ServiceName{Namespace: "default", Name: "late", Protocol: lb.TCP, Family: lb.IPv4}
+	at := func(address string, kind lb.Kind) lb.Frontend {
+		a := netip.MustParseAddrPort(address)
+		return lb.Frontend{VIP: lb.VIP{Addr: a.Addr(), Port: a.Port(), Protocol: lb.TCP}, Kind: kind}
+	}
+	endpoint := func(address, node, zone, cluster, local string) lb.Endpoint {
+		return lb.Endpoint{Addr: netip.MustParseAddrPort(address), Node: node, Zone: zone, Weight: 1, Cluster: cluster, Local: local}
+	}
+	switch namespace + "/" + name {
+	case "default/web":
+		return api.ServicesOf([]lb.View{{
+			Service: lb.Service{
+				Name: web, Algorithm: lb.Maglev, ExternalLocal: true, Affinity: 3 * time.Hour,
+				SourceRanges: []netip.Prefix{netip.MustParsePrefix("192.0.2.0/24"), netip.MustParsePrefix("198.51.100.0/24")},
+				Frontends:    []lb.Frontend{at("10.96.0.10:80", lb.ClusterIP), at("192.0.2.1:30080", lb.NodePort), at("203.0.113.1:80", lb.LoadBalancer)},
+			},
+			Waiting: []lb.Waiting{{Frontend: at("203.0.113.9:80", lb.External),
+				Holder: lb.ServiceName{Namespace: "shop", Name: "cart", Port: "http", Protocol: lb.TCP, Family: lb.IPv4}}},
+			Endpoints: []lb.Endpoint{
+				endpoint("10.244.0.1:8080", "n1", "z1", "", ""),
+				endpoint("10.244.0.2:8080", "n1", "z1", "terminating, and ready ones exist", "terminating, and ready ones exist"),
+				endpoint("10.244.7.1:8080", "n7", "z2", "another zone", "on another node"),
+				endpoint("10.244.7.2:8080", "", "", "not ready", "on another node"),
+			},
+		}}), nil
+	case "default/late":
+		return api.ServicesOf([]lb.View{{
+			Service: lb.Service{Name: late},
+			Waiting: []lb.Waiting{{Frontend: at("10.96.0.10:80", lb.ClusterIP), Holder: web}},
+		}}), nil
+	}
+	return []api.Service{}, nil
+}
+
+// fill pins maps with three services and a hostPort, and flows of 90 s ago.
 func fill(dir string) error {
 	m, err := maps.Open(dir, maps.Sizes{Frontends: 64, Services: 16, Slots: 128, Backends: 32, Flows: 256})
 	if err != nil {
@@ -92,7 +148,8 @@ func fill(dir string) error {
 	web6 := web4
 	web6.Family = lb.IPv6
 	dns := lb.ServiceName{Namespace: "kube-system", Name: "dns", Protocol: lb.UDP, Family: lb.IPv4}
-	for id, name := range map[uint32]lb.ServiceName{1: web4, 2: web6, 3: dns} {
+	pod := lb.ServiceName{Namespace: "default", Name: "web-0", Port: "8080", Protocol: lb.TCP, Family: lb.IPv4, Pod: true}
+	for id, name := range map[uint32]lb.ServiceName{1: web4, 2: web6, 3: dns, 4: pod} {
 		n, err := maps.NameOf(name)
 		if err != nil {
 			return err
@@ -101,12 +158,27 @@ func fill(dir string) error {
 			return err
 		}
 	}
-	for id, vip := range map[uint32]lb.VIP{
-		1: {Addr: addr("10.96.0.10"), Port: 80, Protocol: lb.TCP},
-		2: {Addr: addr("fd00:96::10"), Port: 80, Protocol: lb.TCP},
-		3: {Addr: addr("10.96.0.53"), Port: 53, Protocol: lb.UDP},
+	for _, f := range []struct {
+		id      uint32
+		kind    lb.Kind
+		address string
+		p       lb.Protocol
+	}{
+		{1, lb.ClusterIP, "10.96.0.10:80", lb.TCP}, {1, lb.NodePort, "192.0.2.1:30080", lb.TCP},
+		{1, lb.LoadBalancer, "203.0.113.1:80", lb.TCP}, {2, lb.ClusterIP, "[fd00:96::10]:80", lb.TCP},
+		{3, lb.ClusterIP, "10.96.0.53:53", lb.UDP}, {4, lb.HostPort, "192.0.2.1:8080", lb.TCP},
 	} {
-		if err := m.SetFrontend(maps.KeyOf(vip), maps.FrontendOf(id, lb.ClusterIP)); err != nil {
+		a := netip.MustParseAddrPort(f.address)
+		vip := lb.VIP{Addr: a.Addr(), Port: a.Port(), Protocol: f.p}
+		if err := m.SetFrontend(maps.KeyOf(vip), maps.FrontendOf(f.id, f.kind)); err != nil {
+			return err
+		}
+	}
+	if err := m.SetServicePolicy(1, maps.Policy{Flags: maps.ExternalLocal | maps.HasSourceRanges, AffinityTimeoutS: 10800}); err != nil {
+		return err
+	}
+	for _, p := range []string{"198.51.100.0/24", "192.0.2.0/24"} {
+		if err := m.SetSourceRange(1, netip.MustParsePrefix(p)); err != nil {
 			return err
 		}
 	}
@@ -114,13 +186,15 @@ func fill(dir string) error {
 		service uint32
 		address string
 		state   maps.BackendState
+		flags   uint8
 	}{
-		1: {1, "10.244.0.1", maps.BackendActive}, 2: {1, "10.244.0.2", maps.BackendDraining},
-		3: {1, "10.244.0.3", maps.BackendRemoved}, 4: {2, "fd00:244::1", maps.BackendActive},
+		1: {1, "10.244.0.1", maps.BackendActive, maps.BackendCluster | maps.BackendLocal}, 2: {1, "10.244.0.2", maps.BackendDraining, 0},
+		3: {1, "10.244.0.3", maps.BackendRemoved, 0}, 4: {2, "fd00:244::1", maps.BackendActive, maps.BackendCluster},
+		5: {1, "10.244.7.3", maps.BackendActive, maps.BackendCluster}, 6: {4, "10.244.0.1", maps.BackendActive, maps.BackendCluster},
 	} {
 		err := m.SetBackend(id, maps.Backend{
 			Address: addr(b.address).As16(), Service: b.service,
-			Life: maps.BackendLife{Generation: 10 + id, State: b.state, Port: 8080},
+			Life: maps.BackendLife{Generation: 10 + id, State: b.state, Flags: b.flags, Port: 8080},
 		})
 		if err != nil {
 			return err
@@ -191,7 +265,7 @@ func TestFlowKeys(t *testing.T) {
 	f := flow{
 		Client: netip.MustParseAddrPort("192.0.2.2:40000"), VIP: netip.MustParseAddrPort("[fd00::1]:80"),
 		Backend: netip.MustParseAddrPort("10.244.0.1:8080"), Protocol: "TCP", State: "pending", Age: 1.5,
-		Service: &serviceName{"default", "web", "http", "TCP", "IPv4"}, Forward: traffic{1, 2}, Reply: traffic{3, 4},
+		Service: &api.ServiceName{Namespace: "default", Name: "web", Port: "http", Protocol: "TCP", Family: "IPv4"}, Forward: traffic{1, 2}, Reply: traffic{3, 4},
 	}
 	got, err := json.Marshal(f)
 	if err != nil {

@@ -7,36 +7,26 @@ import (
 	"net/netip"
 	"slices"
 
+	"github.com/lbagent/lbagent/api"
 	"github.com/lbagent/lbagent/lb"
 	"github.com/lbagent/lbagent/maps"
 )
 
-// service is a service as the maps have it.
+// service is a service as the maps have it, and, where an agent answers, what it knows beyond them.
 type service struct {
-	ID uint32 `json:"id"`
-	serviceName
-	Frontends []frontend `json:"frontends"` // by address
-	Backends  []backend  `json:"backends"`  // by address; those that are removed are not listed
+	ID uint32 `json:"id"` // 0: not in the maps
+	api.ServiceName
+	api.Policy
+	Frontends []api.Frontend `json:"frontends"` // by address
+	Backends  []backend      `json:"backends"`  // by address; those that are removed are not listed
+	*known
 }
 
-// serviceName is an lb.ServiceName for people. It is empty where the maps have no name for an id.
-type serviceName struct {
-	Namespace string `json:"namespace"`
-	Name      string `json:"name"`
-	Port      string `json:"port,omitempty"` // name of the Service port
-	Protocol  string `json:"protocol"`
-	Family    string `json:"family"`
-}
-
-func nameOf(n lb.ServiceName) serviceName {
-	return serviceName{n.Namespace, n.Name, n.Port, n.Protocol.String(), n.Family.String()}
-}
-
-type frontend struct {
-	Address  netip.Addr `json:"address"`
-	Port     uint16     `json:"port"`
-	Protocol string     `json:"protocol"`
-	Kind     string     `json:"kind"`
+// known is what only an agent knows.
+type known struct {
+	Algorithm string         `json:"algorithm"`
+	Waiting   []api.Waiting  `json:"waiting"`
+	Endpoints []api.Endpoint `json:"endpoints"`
 }
 
 type backend struct {
@@ -44,13 +34,29 @@ type backend struct {
 	Address    netip.Addr `json:"address"`
 	Port       uint16     `json:"port"`
 	State      string     `json:"state"`
+	Cluster    bool       `json:"cluster"` // new flows of the scope Cluster choose it
+	Local      bool       `json:"local"`   // those of the scope Local do
 	Generation uint32     `json:"generation"`
 }
 
 func (b backend) addrPort() string { return netip.AddrPortFrom(b.Address, b.Port).String() }
 
 func backendOf(id uint32, b maps.Backend) backend {
-	return backend{id, b.Addr().Addr(), b.Addr().Port(), maps.EnumName("backend_state", uint64(b.Life.State)), b.Life.Generation}
+	return backend{
+		ID: id, Address: b.Addr().Addr(), Port: b.Addr().Port(), State: maps.EnumName("backend_state", uint64(b.Life.State)),
+		Cluster: b.Life.Flags&maps.BackendCluster != 0, Local: b.Life.Flags&maps.BackendLocal != 0, Generation: b.Life.Generation,
+	}
+}
+
+// active returns how many backends new flows to a frontend choose from.
+func (s service) active(f api.Frontend) int {
+	n := 0
+	for _, b := range s.Backends {
+		if f.Scope == api.ScopeLocal && b.Local || f.Scope == api.ScopeCluster && b.Cluster {
+			n++
+		}
+	}
+	return n
 }
 
 // count returns how many backends are in a state, as [backend.State] names it.
@@ -74,9 +80,10 @@ func readServices(m *maps.Maps) ([]service, error) {
 	at := func(id uint32) *service {
 		s := byID[id]
 		if s == nil {
-			s = &service{ID: id, Frontends: []frontend{}, Backends: []backend{}}
+			s = &service{ID: id, Frontends: []api.Frontend{}, Backends: []backend{}}
 			if n, ok := names[id]; ok {
-				s.serviceName = nameOf(n)
+				s.ServiceName = api.NameOf(n)
+				s.AffinitySeconds = m.Service(id).Policy.AffinityTimeoutS
 			}
 			byID[id] = s
 		}
@@ -88,9 +95,18 @@ func readServices(m *maps.Maps) ([]service, error) {
 	err = m.EachFrontend(func(k maps.FrontendKey, f maps.Frontend) bool {
 		// Identities and bare addresses are for the programs; a service has its frontends beside them.
 		if kind := lb.Kind(f.Kind); kind != lb.Identity && kind != lb.Address {
-			v := k.VIP()
-			s := at(f.Service)
-			s.Frontends = append(s.Frontends, frontend{v.Addr, v.Port, v.Protocol.String(), kind.String()})
+			s, flags := at(f.Service), m.Service(f.Service).Policy.Flags
+			s.Frontends = append(s.Frontends, api.FrontendOf(lb.Frontend{VIP: k.VIP(), Kind: kind},
+				flags&maps.InternalLocal != 0, flags&maps.ExternalLocal != 0))
+		}
+		return true
+	})
+	if err != nil {
+		return nil, err
+	}
+	err = m.EachSourceRange(func(id uint32, p netip.Prefix) bool {
+		if s := byID[id]; s != nil && m.Service(id).Policy.Flags&maps.HasSourceRanges != 0 {
+			s.SourceRanges = append(s.SourceRanges, p)
 		}
 		return true
 	})
@@ -106,12 +122,13 @@ func readServices(m *maps.Maps) ([]service, error) {
 
 	all := make([]service, 0, len(byID))
 	for _, s := range byID {
-		slices.SortFunc(s.Frontends, func(a, b frontend) int {
+		slices.SortFunc(s.Frontends, func(a, b api.Frontend) int {
 			return cmp.Or(a.Address.Compare(b.Address), cmp.Compare(a.Port, b.Port), cmp.Compare(a.Protocol, b.Protocol))
 		})
 		slices.SortFunc(s.Backends, func(a, b backend) int {
 			return cmp.Or(a.Address.Compare(b.Address), cmp.Compare(a.Port, b.Port), cmp.Compare(a.ID, b.ID))
 		})
+		slices.SortFunc(s.SourceRanges, netip.Prefix.Compare)
 		all = append(all, *s)
 	}
 	slices.SortFunc(all, func(a, b service) int {

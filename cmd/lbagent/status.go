@@ -112,6 +112,11 @@ func agentRows(s api.Status, now time.Time) [][]string {
 		{"Agent", fmt.Sprintf("running, started %s, pid %d, version %s", ago(s.Started, now), s.PID, s.Version)},
 		{"Node", s.NodeName},
 	}
+	at := "at " + strings.Trim(fmt.Sprint(s.NodePortAddresses), "[]")
+	if len(s.NodePortAddresses) == 0 {
+		at = "nowhere: this host has no address that --nodeport-addresses means"
+	}
+	rows = append(rows, []string{"NodePorts", at})
 	if s.Source != nil {
 		state := "not yet read"
 		switch {

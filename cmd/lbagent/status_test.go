@@ -4,6 +4,7 @@ package main
 
 import (
 	"encoding/json"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
@@ -44,6 +45,8 @@ func TestStatusPage(t *testing.T) {
 		Apply:  &api.Apply{Pending: 2, Failures: 3, LastError: "service default/web: no room", LastApply: now.Add(-time.Second)},
 		Programs: []loader.Attached{
 			{Device: "eth0", Index: 2, Program: "node_in", Method: "tcx"}, {Device: "eth0", Index: 2, Program: "node_out", Method: "tcx"}},
+		NodePortAddresses: []netip.Addr{netip.MustParseAddr("192.0.2.1"), netip.MustParseAddr("2001:db8::1")},
+
 		Uncovered:   []api.Uncovered{{Device: "cni0", Index: 3, Reason: "a bridge without programs"}},
 		AttachError: "attach pod_in to veth0: no",
 		Maps:        []api.Map{{Name: "flows", Entries: 4, MaxEntries: 1024}},
@@ -57,6 +60,9 @@ func TestStatusPage(t *testing.T) {
 	var page strings.Builder
 	showStatus(&page, s, now)
 	golden(t, "status-page.txt", page.String())
+	if rows := agentRows(api.Status{Running: true}, now); !strings.HasPrefix(rows[2][1], "nowhere: ") {
+		t.Errorf("NodePorts without an address: %q", rows[2])
+	}
 	keys, err := json.MarshalIndent(s, "", "  ")
 	if err != nil {
 		t.Fatal(err)

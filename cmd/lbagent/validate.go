@@ -6,6 +6,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"net/netip"
 	"slices"
 
 	"github.com/spf13/cobra"
@@ -28,8 +29,13 @@ func newValidate() *cobra.Command {
 		Args:    usage(cobra.MinimumNArgs(1)),
 	}
 	out := addOutput(cmd)
+	nodePorts := cmd.Flags().String("nodeport-range", manifest.DefaultNodePorts.String(), "`range` of the node ports, as of lbagent run")
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
-		problems, err := validate(cmd.Context(), args)
+		ports, err := manifest.ParsePortRange(*nodePorts)
+		if err != nil {
+			return usageError{fmt.Errorf("--nodeport-range: %w", err)}
+		}
+		problems, err := validate(cmd.Context(), ports, args)
 		if err != nil {
 			return err
 		}
@@ -52,10 +58,10 @@ func newValidate() *cobra.Command {
 }
 
 // validate puts manifests through the stages of the agent up to resolve.
-func validate(ctx context.Context, paths []string) ([]lb.Problem, error) {
-	folder, problems := manifest.Load(paths...)
+func validate(ctx context.Context, nodePorts manifest.PortRange, paths []string) ([]lb.Problem, error) {
+	folder, problems := manifest.Load(nodePorts, paths...)
 	objects, err := source.New(source.Watches{
-		Services: folder.Services(), EndpointSlices: folder.EndpointSlices(), Nodes: folder.Nodes(),
+		Services: folder.Services(), EndpointSlices: folder.EndpointSlices(), Pods: folder.Pods(), Nodes: folder.Nodes(),
 	})
 	if err != nil {
 		return nil, err
@@ -63,11 +69,16 @@ func validate(ctx context.Context, paths []string) ([]lb.Problem, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	ended := make(chan error)
 	go func() { ended <- objects.Run(ctx) }()
-	names, err := objects.Next(ctx)
+	dirty, err := objects.Next(ctx)
 	table := resolve.NewTable(resolve.Options{})
-	for _, name := range names {
+	// Of no node; what two Services ask for at all addresses of one shows at any.
+	table.SetHost(resolve.Host{NodePorts: []netip.Addr{netip.IPv4Unspecified(), netip.IPv6Unspecified()}})
+	for _, name := range dirty.Services {
 		service, endpoints := objects.Service(name)
 		table.Update(resolve.Name(name), service, endpoints)
+	}
+	for _, name := range dirty.Pods {
+		table.UpdatePod(resolve.Name(name), objects.Pod(name))
 	}
 	cancel()
 	if runErr := <-ended; err == nil {

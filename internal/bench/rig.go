@@ -241,6 +241,13 @@ func (r *rig) walk(f family, target string) (*ebpf.Program, error) {
 }
 
 func (r *rig) fillServices() error {
+	var prefixes []netip.Prefix
+	for _, f := range []family{v4, v6} {
+		prefixes = append(prefixes, netip.PrefixFrom(f.addr(vips), f.addr(vips).BitLen()-20))
+	}
+	if err := r.maps.SetServicePrefixes(prefixes, false); err != nil {
+		return err
+	}
 	for _, f := range []family{v4, v6} {
 		for s := range uint32(frontends) {
 			id := f.id(s)

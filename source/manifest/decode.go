@@ -99,7 +99,7 @@ type decoded struct {
 // parse decodes the text of a file. Its objects count only if no Problem is an Error: a file is all or
 // nothing.
 func parse(path string, text []byte) ([]decoded, []lb.Problem) {
-	p := &parser{path: path, seen: map[string]int{}, unread: map[kind]int{}}
+	p := &parser{path: path, seen: map[string]int{}}
 	p.file(text)
 	return p.objects, p.problems
 }
@@ -109,7 +109,7 @@ type parser struct {
 	path     string
 	document int            // number of the current document
 	seen     map[string]int // object -> its document
-	unread   map[kind]int   // objects of kinds that no stage reads yet
+	unread   int            // Endpoints, which no stage reads yet
 	objects  []decoded
 	problems []lb.Problem
 }
@@ -140,10 +140,8 @@ func (p *parser) file(text []byte) {
 		p.problem(lb.Error, "", "", "empty: to remove its objects delete the file")
 	}
 	p.document = 0
-	for _, k := range []kind{pod, endpoints} {
-		if n := p.unread[k]; n > 0 {
-			p.problem(lb.NotYet, string(k), "", "this kind is not yet read (%d in this file)", n)
-		}
+	if p.unread > 0 {
+		p.problem(lb.NotYet, string(endpoints), "", "this kind is not yet read (%d in this file)", p.unread)
 	}
 }
 
@@ -302,8 +300,8 @@ func (p *parser) object(raw []byte, apiVersion, kindName, prefix string) {
 		return
 	}
 	p.seen[name] = p.document
-	if k == pod || k == endpoints {
-		p.unread[k]++
+	if k == endpoints {
+		p.unread++
 	}
 	p.objects = append(p.objects, decoded{object: obj, kind: k, name: name, document: p.document})
 }

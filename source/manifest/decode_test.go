@@ -31,6 +31,11 @@ func serviceWith(spec ...string) string {
 	return "apiVersion: v1\nkind: Service\nmetadata:\n  name: web\nspec:\n  " + strings.Join(spec, "\n  ") + "\n"
 }
 
+// podWith is a Pod default/p with more lines of its spec.
+func podWith(spec string) string {
+	return "apiVersion: v1\nkind: Pod\nmetadata: {name: p}\nspec:\n  " + spec
+}
+
 // sliceWith is an EndpointSlice default/web-1 of IPv4 with more lines.
 func sliceWith(more ...string) string {
 	return "apiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata:\n  name: web-1\n" +
@@ -39,6 +44,7 @@ func sliceWith(more ...string) string {
 
 const (
 	webProblem   = "f.yaml: document 1: Service default/web: "
+	podProblem   = "f.yaml: document 1: Pod default/p: "
 	sliceProblem = "f.yaml: document 1: EndpointSlice default/web-1: "
 )
 
@@ -251,18 +257,38 @@ func TestProblems(t *testing.T) {
 				`f.yaml: document 1: Node n1: spec.podCIDRs[0]: Invalid value: "10.1.0.1/16": must not have bits set beyond the prefix length`,
 				`f.yaml: document 1: Node n1: status.addresses[0].address: Invalid value: "n1": must be a valid IP address, (e.g. 10.9.8.7 or 2001:db8::ffff)`,
 			}},
-		{name: "pod", text: "apiVersion: v1\nkind: Pod\nmetadata: {name: p}\nspec: {containers: [{name: c, ports: [{containerPort: 0}]}]}\n",
+		{name: "pod", text: "apiVersion: v1\nkind: Pod\nmetadata: {name: p}\nspec: {nodeName: N_1, containers: [{name: c, ports: [{containerPort: 0}, {containerPort: 80, hostPort: 70000, hostIP: here, protocol: ICMP, name: x_}]}]}\n" +
+			"status: {phase: Gone, podIPs: [{ip: 10.0.0.1}, {ip: 'fd00::1'}, {ip: 10.0.0.2}, {ip: x}]}\n",
 			want: []string{
-				"not yet: f.yaml: Pod: this kind is not yet read (1 in this file)",
-				"f.yaml: document 1: Pod default/p: spec.containers[0].ports[0].containerPort: Invalid value: 0: must be between 1 and 65535, inclusive",
+				podProblem + "spec.containers[0].ports[0].containerPort: Invalid value: 0: must be between 1 and 65535, inclusive",
+				podProblem + `spec.containers[0].ports[1].hostIP: Invalid value: "here": must be a valid IP address, (e.g. 10.9.8.7 or 2001:db8::ffff)`,
+				podProblem + "spec.containers[0].ports[1].hostPort: Invalid value: 70000: must be between 1 and 65535, inclusive",
+				podProblem + `spec.containers[0].ports[1].name: Invalid value: "x_": must contain only alpha-numeric characters (a-z, 0-9), and hyphens (-)`,
+				podProblem + `spec.containers[0].ports[1].protocol: Unsupported value: "ICMP": ` + protocols,
+				podProblem + `spec.nodeName: Invalid value: "N_1": a lowercase RFC 1123 subdomain must consist of lower case alphanumeric characters, '-' or '.', and must start and end with an alphanumeric character (e.g. 'example.com', regex used for validation is '[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*')`,
+				podProblem + `status.phase: Unsupported value: "Gone": supported values: "Pending", "Running", "Succeeded", "Failed", "Unknown"`,
+				podProblem + `status.podIPs[2].ip: Invalid value: "10.0.0.2": may only hold one value of IPv4`,
+				podProblem + `status.podIPs[3].ip: Invalid value: "x": must be a valid IP address, (e.g. 10.9.8.7 or 2001:db8::ffff)`,
 			}},
+		{name: "host ports that meet, and names", text: podWith("containers:\n  - {name: a, ports: [{containerPort: 80, hostPort: 8080, name: x}, {containerPort: 81, name: x}]}\n" +
+			"  - {name: b, ports: [{containerPort: 80, hostPort: 8080}, {containerPort: 80, hostPort: 8080, protocol: UDP}, {containerPort: 80, hostPort: 8080, hostIP: 192.0.2.1}]}\n" +
+			"  initContainers:\n  - {name: c, ports: [{containerPort: 80, hostPort: 8080}]}\n"),
+			want: []string{
+				podProblem + `spec.containers[0].ports[1].name: Duplicate value: "x"`,
+				podProblem + `spec.containers[1].ports[0].hostPort: Duplicate value: "TCP//8080"`,
+			}},
+		{name: "host port of a sidecar", text: podWith("containers:\n  - {name: a, ports: [{containerPort: 80, hostPort: 8080}]}\n" +
+			"  initContainers:\n  - {name: c, restartPolicy: Always, ports: [{containerPort: 80, hostPort: 8080}]}\n"),
+			want: []string{podProblem + `spec.containers[0].ports[0].hostPort: Duplicate value: "TCP//8080"`}},
+		{name: "host port on the host's network", text: podWith("hostNetwork: true\n  containers:\n  - {name: a, ports: [{containerPort: 80, hostPort: 8080}, {containerPort: 81}]}\n"),
+			want: []string{podProblem + "spec.containers[0].ports[0].hostPort: Invalid value: 8080: must match `containerPort` when `hostNetwork` is true"}},
 		{name: "endpoints", text: "apiVersion: v1\nkind: Endpoints\nmetadata: {name: web}\nsubsets: [{addresses: [{ip: '::1'}], ports: [{port: 80}]}]\n",
 			want: []string{
 				"not yet: f.yaml: Endpoints: this kind is not yet read (1 in this file)",
 				`f.yaml: document 1: Endpoints default/web: subsets[0].addresses[0].ip: Invalid value: "::1": may not be in the loopback range (127.0.0.0/8, ::1/128)`,
 			}},
-		{name: "two pods", text: "apiVersion: v1\nkind: PodList\nitems: [{metadata: {name: p}}, {metadata: {name: q}}]\n",
-			want: []string{"not yet: f.yaml: Pod: this kind is not yet read (2 in this file)"}},
+		{name: "two Endpoints", text: "apiVersion: v1\nkind: EndpointsList\nitems: [{metadata: {name: p}}, {metadata: {name: q}}]\n",
+			want: []string{"not yet: f.yaml: Endpoints: this kind is not yet read (2 in this file)"}},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
@@ -431,5 +457,18 @@ func TestDocuments(t *testing.T) {
 				t.Errorf("objects (-want +got):\n%s", diff)
 			}
 		})
+	}
+}
+
+// TestPodDefaults: as an API server fills in.
+func TestPodDefaults(t *testing.T) {
+	objects, problems := parse("f.yaml", []byte(podWith("hostNetwork: true\n  containers: [{name: c, ports: [{containerPort: 80}]}]\nstatus: {podIP: 10.0.0.1, podIPs: [{ip: 10.0.0.2}]}\n")))
+	if len(problems) > 0 {
+		t.Fatal(problems)
+	}
+	p := objects[0].object.(*corev1.Pod)
+	port := p.Spec.Containers[0].Ports[0]
+	if p.Namespace != "default" || port.Protocol != corev1.ProtocolTCP || port.HostPort != 80 || fmt.Sprint(p.Status.PodIPs) != "[{10.0.0.1}]" {
+		t.Errorf("namespace %s, port %+v, addresses %v", p.Namespace, port, p.Status.PodIPs)
 	}
 }

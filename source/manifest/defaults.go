@@ -28,14 +28,7 @@ func setDefaults(o object) {
 		}
 	case *corev1.Pod:
 		defaultNamespace(&o.ObjectMeta)
-		for _, containers := range [][]corev1.Container{o.Spec.InitContainers, o.Spec.Containers} {
-			for i := range containers {
-				for j := range containers[i].Ports {
-					p := &containers[i].Ports[j]
-					p.Protocol = cmp.Or(p.Protocol, corev1.ProtocolTCP)
-				}
-			}
-		}
+		defaultPod(o)
 	case *legacyEndpoints:
 		defaultNamespace(&o.ObjectMeta)
 		for i := range o.Subsets {
@@ -49,6 +42,25 @@ func setDefaults(o object) {
 
 func defaultNamespace(meta *metav1.ObjectMeta) {
 	meta.Namespace = cmp.Or(meta.Namespace, metav1.NamespaceDefault)
+}
+
+func defaultPod(p *corev1.Pod) {
+	for _, containers := range [][]corev1.Container{p.Spec.InitContainers, p.Spec.Containers} {
+		for i := range containers {
+			for j := range containers[i].Ports {
+				port := &containers[i].Ports[j]
+				port.Protocol = cmp.Or(port.Protocol, corev1.ProtocolTCP)
+				if p.Spec.HostNetwork {
+					port.HostPort = cmp.Or(port.HostPort, port.ContainerPort)
+				}
+			}
+		}
+	}
+	// Of the two forms the older one has the say where they differ, as in the API.
+	status := &p.Status
+	if status.PodIP != "" && (len(status.PodIPs) == 0 || status.PodIPs[0].IP != status.PodIP) {
+		status.PodIPs = []corev1.PodIP{{IP: status.PodIP}}
+	}
 }
 
 func defaultService(svc *corev1.Service) {

@@ -48,18 +48,18 @@ type Folder struct {
 
 // Open reads the folder once, so that the first lists are complete. It waits for a file that was changed just
 // now to be still; one that does not become so within some seconds counts as not known, see [Folder.Held].
-func Open(dir string, log *slog.Logger) (*Folder, error) {
-	return open(dir, log, still, poll)
+func Open(dir string, nodePorts PortRange, log *slog.Logger) (*Folder, error) {
+	return open(dir, nodePorts, log, still, poll)
 }
 
-func open(dir string, log *slog.Logger, still, poll time.Duration) (*Folder, error) {
+func open(dir string, nodePorts PortRange, log *slog.Logger, still, poll time.Duration) (*Folder, error) {
 	absolute, err := filepath.Abs(dir)
 	if err != nil {
 		return nil, fmt.Errorf("open folder of manifests: %w", err)
 	}
 	f := &Folder{
 		dir: dir, absolute: absolute, still: still, poll: poll,
-		sights: map[string]*sight{}, set: newSet(log), changed: make(chan struct{}),
+		sights: map[string]*sight{}, set: newSet(nodePorts, log), changed: make(chan struct{}),
 	}
 	names, err := list(dir)
 	if err != nil {
@@ -160,6 +160,9 @@ func (f *Folder) Services() cache.ListerWatcher { return f.set.stores.kinds[serv
 
 // EndpointSlices lists and watches the EndpointSlices in force.
 func (f *Folder) EndpointSlices() cache.ListerWatcher { return f.set.stores.kinds[endpointSlice] }
+
+// Pods lists and watches the Pods in force.
+func (f *Folder) Pods() cache.ListerWatcher { return f.set.stores.kinds[pod] }
 
 // Nodes lists and watches the Nodes in force.
 func (f *Folder) Nodes() cache.ListerWatcher { return f.set.stores.kinds[node] }

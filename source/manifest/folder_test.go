@@ -44,7 +44,7 @@ func followSlowly(t *testing.T, dir string) *fixture {
 
 func followAt(t *testing.T, dir string, still, poll time.Duration) *fixture {
 	t.Helper()
-	f, err := open(dir, slog.New(slog.DiscardHandler), still, poll)
+	f, err := open(dir, DefaultNodePorts, slog.New(slog.DiscardHandler), still, poll)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -166,13 +166,13 @@ const badPort = "document 1: Service default/web: spec.ports[0].port: Invalid va
 
 func TestOpenMissingFolder(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "none")
-	_, err := Open(dir, slog.New(slog.DiscardHandler))
+	_, err := Open(dir, DefaultNodePorts, slog.New(slog.DiscardHandler))
 	if want := "open folder of manifests: open " + dir + ": no such file or directory"; err == nil || err.Error() != want {
 		t.Errorf("got %v, want %s", err, want)
 	}
 	file := filepath.Join(t.TempDir(), "a.yaml")
 	write(t, file, svc("a", 80))
-	if _, err := Open(file, slog.New(slog.DiscardHandler)); err == nil || !strings.Contains(err.Error(), "not a directory") {
+	if _, err := Open(file, DefaultNodePorts, slog.New(slog.DiscardHandler)); err == nil || !strings.Contains(err.Error(), "not a directory") {
 		t.Errorf("got %v, want that it is not a directory", err)
 	}
 }
@@ -554,7 +554,7 @@ func TestTold(t *testing.T) {
 	file := filepath.Join(dir, "web.yaml")
 	write(t, file, svc("web", 0))
 	log := &strings.Builder{}
-	f, err := open(dir, slog.New(slog.NewTextHandler(log, &slog.HandlerOptions{
+	f, err := open(dir, DefaultNodePorts, slog.New(slog.NewTextHandler(log, &slog.HandlerOptions{
 		ReplaceAttr: func(_ []string, a slog.Attr) slog.Attr {
 			if a.Key == slog.TimeKey {
 				return slog.Attr{}

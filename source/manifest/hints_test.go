@@ -73,7 +73,7 @@ func TestTrafficDistribution(t *testing.T) {
 		{"another Service", strings.ReplaceAll(distributed("PreferClose"), "web", "other"), two, "1: ; 2: ; 3: ; 4: ; 5: "},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			s := newSet(slog.New(slog.DiscardHandler))
+			s := newSet(DefaultNodePorts, slog.New(slog.DiscardHandler))
 			s.put(contents("all.yaml", []byte(tt.service+"---\n"+tt.slice+"---\n"+nodeIn("n2", "b")), nil))
 			s.settle()
 			if got := hintsOf(s, "EndpointSlice default/web-1"); got != tt.want {
@@ -85,7 +85,7 @@ func TestTrafficDistribution(t *testing.T) {
 
 // TestTrafficDistributionFollows: files come and go in steps, and the hints follow all three kinds.
 func TestTrafficDistributionFollows(t *testing.T) {
-	s := newSet(slog.New(slog.DiscardHandler))
+	s := newSet(DefaultNodePorts, slog.New(slog.DiscardHandler))
 	const slice = "EndpointSlice default/web-1"
 	version := func() string { return s.stores.kinds[endpointSlice].objects[slice].GetResourceVersion() }
 	for i, step := range []struct{ file, text, want string }{

@@ -26,8 +26,12 @@ func TestInformers(t *testing.T) {
 		write(t, filepath.Join(dir, fmt.Sprintf("%d.yaml", i)), svc(fmt.Sprintf("s%d", i), 80))
 	}
 	write(t, filepath.Join(dir, "node.yaml"), "apiVersion: v1\nkind: Node\nmetadata: {name: n1, labels: {topology.kubernetes.io/zone: z1}}\n")
+	pod := func(hostPort int) string {
+		return fmt.Sprintf("apiVersion: v1\nkind: Pod\nmetadata: {name: p}\nspec: {containers: [{name: c, ports: [{containerPort: 80, hostPort: %d}]}]}\n", hostPort)
+	}
+	write(t, filepath.Join(dir, "pod.yaml"), pod(8080))
 	f := follow(t, dir)
-	objects, err := source.New(source.Watches{Services: f.Services(), EndpointSlices: f.EndpointSlices(), Nodes: f.Nodes(), Node: "n1"})
+	objects, err := source.New(source.Watches{Services: f.Services(), EndpointSlices: f.EndpointSlices(), Pods: f.Pods(), Nodes: f.Nodes(), Node: "n1"})
 	must(t, err)
 	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
 	done := make(chan error)
@@ -40,16 +44,12 @@ func TestInformers(t *testing.T) {
 	})
 
 	name := source.Name{Namespace: "default", Name: "web"}
-	expect := func(want ...source.Name) {
+	expect := func(want source.Dirty) {
 		t.Helper()
-		names, err := objects.Next(ctx)
+		dirty, err := objects.Next(ctx)
 		must(t, err)
-		if want != nil {
-			if diff := cmp.Diff(want, names); diff != "" {
-				t.Errorf("changed (-want +got):\n%s", diff)
-			}
-		} else if len(names) != 11 {
-			t.Errorf("%d names, want all 11", len(names))
+		if diff := cmp.Diff(want, dirty); diff != "" {
+			t.Errorf("changed (-want +got):\n%s", diff)
 		}
 	}
 	state := func() string {
@@ -59,7 +59,12 @@ func TestInformers(t *testing.T) {
 		}
 		return fmt.Sprint(svc.Spec.Ports[0].Port, " ", its[0].Endpoints[0].Addresses[0])
 	}
-	expect()
+	all := source.Dirty{Pods: []source.Name{{Namespace: "default", Name: "p"}}, Node: true}
+	for i := range 10 {
+		all.Services = append(all.Services, source.Name{Namespace: "default", Name: fmt.Sprintf("s%d", i)})
+	}
+	all.Services = append(all.Services, name)
+	expect(all)
 	if got, want := state(), "80 10.0.0.1"; got != want {
 		t.Errorf("got %s, want %s", got, want)
 	}
@@ -68,15 +73,20 @@ func TestInformers(t *testing.T) {
 	}
 
 	write(t, filepath.Join(dir, "web.yaml"), web(80, "10.0.0.22"))
-	expect(name)
+	expect(source.Dirty{Services: []source.Name{name}})
 	if got, want := state(), "80 10.0.0.22"; got != want {
 		t.Errorf("got %s, want %s", got, want)
 	}
 	write(t, filepath.Join(dir, "web.yaml"), web(8080, "10.0.0.22"))
-	expect(name)
+	expect(source.Dirty{Services: []source.Name{name}})
 	if got, want := state(), "8080 10.0.0.22"; got != want {
 		t.Errorf("got %s, want %s", got, want)
 	}
 	write(t, filepath.Join(dir, "node.yaml"), "apiVersion: v1\nkind: Node\nmetadata: {name: n1, labels: {topology.kubernetes.io/zone: zone2}}\n")
-	expect()
+	expect(source.Dirty{Node: true})
+	write(t, filepath.Join(dir, "pod.yaml"), pod(8081))
+	expect(source.Dirty{Pods: all.Pods})
+	if port := objects.Pod(all.Pods[0]).Spec.Containers[0].Ports[0].HostPort; port != 8081 {
+		t.Errorf("hostPort %d", port)
+	}
 }

@@ -19,14 +19,14 @@ import (
 
 // Validate says what is wrong with manifests, each a file or a folder of files. Nothing is followed.
 func Validate(paths ...string) []lb.Problem {
-	_, problems := Load(paths...)
+	_, problems := Load(DefaultNodePorts, paths...)
 	return problems
 }
 
 // Load reads manifests once, each a file or a folder of files, and returns them as a folder that is not
 // followed, and what is wrong with them.
-func Load(paths ...string) (*Folder, []lb.Problem) {
-	s := newSet(slog.New(slog.DiscardHandler))
+func Load(nodePorts PortRange, paths ...string) (*Folder, []lb.Problem) {
+	s := newSet(nodePorts, slog.New(slog.DiscardHandler))
 	var problems []lb.Problem
 	for _, path := range paths {
 		files := []string{path}

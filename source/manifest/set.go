@@ -21,6 +21,7 @@ const maxProblems = 20
 // set is files and what of them is in force. A file is all or nothing: it is in force as it was last read
 // without an error and without an object that another file has in force.
 type set struct {
+	ports  PortRange        // of node ports
 	files  map[string]*file // by path
 	owners map[string]place // object -> where it is in force
 	stores stores
@@ -50,8 +51,9 @@ type file struct {
 	strays   []lb.Problem // its EndpointSlices that belong to no Service here
 }
 
-func newSet(log *slog.Logger) *set {
+func newSet(ports PortRange, log *slog.Logger) *set {
 	return &set{
+		ports: ports,
 		files: map[string]*file{}, owners: map[string]place{}, stores: newStores(), hints: newDistribution(), log: log,
 		told: map[lb.Problem]bool{}, ailing: map[string]bool{},
 	}
@@ -69,6 +71,7 @@ func (s *set) file(path string) *file {
 // put takes in what a file was found to hold. settle puts it in force.
 func (s *set) put(path string, objects []decoded, problems []lb.Problem) {
 	f := s.file(path)
+	problems = append(problems, s.ports.check(path, objects)...)
 	f.read, f.removed, f.parsing, f.conflict = true, false, problems, nil
 	f.waiting = !slices.ContainsFunc(problems, isError)
 	f.next = nil

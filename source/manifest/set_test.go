@@ -86,7 +86,7 @@ func TestConflicts(t *testing.T) {
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
-			s := newSet(slog.New(slog.DiscardHandler))
+			s := newSet(DefaultNodePorts, slog.New(slog.DiscardHandler))
 			for i, step := range tt.steps {
 				for path, holds := range step.files { // in any order
 					switch holds {
@@ -159,7 +159,7 @@ func TestValidate(t *testing.T) {
 
 // TestStrays: an EndpointSlice that belongs to no Service is in force and named, until there is one.
 func TestStrays(t *testing.T) {
-	s := newSet(slog.New(slog.DiscardHandler))
+	s := newSet(DefaultNodePorts, slog.New(slog.DiscardHandler))
 	slice := func(name, labels string) string {
 		return "apiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata: {name: " + name + labels + "}\naddressType: IPv4\nendpoints: []\n"
 	}
@@ -192,7 +192,7 @@ func TestStrays(t *testing.T) {
 func TestStillness(t *testing.T) {
 	dir := t.TempDir()
 	const still = 100 * time.Millisecond
-	f, err := open(dir, slog.New(slog.DiscardHandler), still, time.Hour)
+	f, err := open(dir, DefaultNodePorts, slog.New(slog.DiscardHandler), still, time.Hour)
 	must(t, err)
 	start := time.Now()
 	at := func(ms int, wantNext int, want string) {
@@ -283,7 +283,7 @@ func TestOpenWaits(t *testing.T) {
 		}
 	}()
 	// Stillness of 50 ms, so that a writer that is held up for a moment does not seem to have ended.
-	f, err := open(dir, slog.New(slog.DiscardHandler), 50*time.Millisecond, time.Hour)
+	f, err := open(dir, DefaultNodePorts, slog.New(slog.DiscardHandler), 50*time.Millisecond, time.Hour)
 	must(t, err)
 	x := &fixture{Folder: f, t: t, dir: dir}
 	if got, want := x.state(), "\nweb.yaml: not read yet: it does not stop changing\nheld: web.yaml"; got != want {
@@ -292,7 +292,7 @@ func TestOpenWaits(t *testing.T) {
 	close(stop)
 	<-stopped
 	write(t, file, svc("web", 80))
-	f, err = open(dir, slog.New(slog.DiscardHandler), 50*time.Millisecond, time.Hour)
+	f, err = open(dir, DefaultNodePorts, slog.New(slog.DiscardHandler), 50*time.Millisecond, time.Hour)
 	must(t, err)
 	x = &fixture{Folder: f, t: t, dir: dir}
 	if got, want := x.state(), "web:80"; got != want {
@@ -309,7 +309,7 @@ func TestStable(t *testing.T) {
 				_ = os.WriteFile(filepath.Join(dir, fmt.Sprintf("%s%d.yaml", name, i)), []byte(svc(fmt.Sprintf("%s%d", name, i), 80)), 0o644)
 			}
 		}
-		f, err := open(dir, slog.New(slog.DiscardHandler), 0, time.Hour)
+		f, err := open(dir, DefaultNodePorts, slog.New(slog.DiscardHandler), 0, time.Hour)
 		must(t, err)
 		for name, o := range f.set.stores.kinds[service].objects {
 			s = append(s, fmt.Sprintln(name, o.GetUID(), o.GetResourceVersion()))
@@ -328,7 +328,7 @@ func TestStable(t *testing.T) {
 
 // TestReplacement: what takes the place of something is there before that goes.
 func TestReplacement(t *testing.T) {
-	s := newSet(slog.New(slog.DiscardHandler))
+	s := newSet(DefaultNodePorts, slog.New(slog.DiscardHandler))
 	apply := func(text string) {
 		s.put(contents("a", []byte(text), nil))
 		s.settle()
@@ -347,7 +347,7 @@ func TestReplacement(t *testing.T) {
 
 // TestWatch: a watch that begins late misses nothing, and one that is too late is told so.
 func TestWatch(t *testing.T) {
-	s := newSet(slog.New(slog.DiscardHandler))
+	s := newSet(DefaultNodePorts, slog.New(slog.DiscardHandler))
 	apply := func(path, text string) {
 		s.put(contents(path, []byte(text), nil))
 		s.settle()

@@ -381,22 +381,72 @@ func validateNode(n *corev1.Node) (errs field.ErrorList) {
 }
 
 func validatePod(p *corev1.Pod) (errs field.ErrorList) {
-	for i, ip := range p.Status.PodIPs {
-		path := field.NewPath("status", "podIPs").Index(i).Child("ip")
-		errs = append(errs, validation.IsValidIPForLegacyField(path, ip.IP, true, nil)...)
+	spec := field.NewPath("spec")
+	if p.Spec.NodeName != "" {
+		errs = append(errs, invalid(spec.Child("nodeName"), p.Spec.NodeName, apivalidation.NameIsDNSSubdomain(p.Spec.NodeName, false))...)
+	}
+	hostPorts := map[string]bool{}
+	for i, c := range p.Spec.InitContainers {
+		// Those that end before the others begin may have the same hostPorts.
+		sidecar := c.RestartPolicy != nil && *c.RestartPolicy == corev1.ContainerRestartPolicyAlways
+		its := hostPorts
+		if !sidecar {
+			its = map[string]bool{}
+		}
+		errs = append(errs, validateContainerPorts(c.Ports, p.Spec.HostNetwork, its, spec.Child("initContainers").Index(i).Child("ports"))...)
 	}
 	for i, c := range p.Spec.Containers {
-		for j, port := range c.Ports {
-			path := field.NewPath("spec", "containers").Index(i).Child("ports").Index(j)
-			if port.Name != "" {
-				errs = append(errs, invalid(path.Child("name"), port.Name, validation.IsValidPortName(port.Name))...)
-			}
-			errs = append(errs, portNumber(path.Child("containerPort"), port.ContainerPort)...)
-			errs = append(errs, protocol(path.Child("protocol"), port.Protocol)...)
-			if port.HostPort != 0 {
-				errs = append(errs, portNumber(path.Child("hostPort"), port.HostPort)...)
-			}
+		errs = append(errs, validateContainerPorts(c.Ports, p.Spec.HostNetwork, hostPorts, spec.Child("containers").Index(i).Child("ports"))...)
+	}
+
+	status := field.NewPath("status")
+	if p.Status.Phase != "" {
+		errs = append(errs, oneOf(status.Child("phase"), p.Status.Phase, corev1.PodPending, corev1.PodRunning, corev1.PodSucceeded,
+			corev1.PodFailed, corev1.PodUnknown)...)
+	}
+	families := map[corev1.IPFamily]bool{}
+	for i, ip := range p.Status.PodIPs {
+		path := status.Child("podIPs").Index(i).Child("ip")
+		bad := validation.IsValidIPForLegacyField(path, ip.IP, true, nil)
+		errs = append(errs, bad...)
+		if family := familyOf(ip.IP); len(bad) == 0 && families[family] {
+			errs = append(errs, field.Invalid(path, ip.IP, fmt.Sprintf("may only hold one value of %s", family)))
+		} else {
+			families[family] = true
 		}
+	}
+	return errs
+}
+
+// validateContainerPorts looks at the ports of one container. hostPorts are those of the containers before it.
+func validateContainerPorts(ports []corev1.ContainerPort, hostNetwork bool, hostPorts map[string]bool, path *field.Path) (errs field.ErrorList) {
+	names := map[string]bool{}
+	for i, port := range ports {
+		path := path.Index(i)
+		if port.Name != "" {
+			errs = append(errs, invalid(path.Child("name"), port.Name, validation.IsValidPortName(port.Name))...)
+			if names[port.Name] {
+				errs = append(errs, field.Duplicate(path.Child("name"), port.Name))
+			}
+			names[port.Name] = true
+		}
+		errs = append(errs, portNumber(path.Child("containerPort"), port.ContainerPort)...)
+		errs = append(errs, protocol(path.Child("protocol"), port.Protocol)...)
+		if port.HostIP != "" {
+			errs = append(errs, validation.IsValidIPForLegacyField(path.Child("hostIP"), port.HostIP, true, nil)...)
+		}
+		if port.HostPort == 0 {
+			continue
+		}
+		errs = append(errs, portNumber(path.Child("hostPort"), port.HostPort)...)
+		if hostNetwork && port.HostPort != port.ContainerPort {
+			errs = append(errs, field.Invalid(path.Child("hostPort"), port.HostPort, "must match `containerPort` when `hostNetwork` is true"))
+		}
+		at := fmt.Sprintf("%s/%s/%d", port.Protocol, port.HostIP, port.HostPort)
+		if hostPorts[at] {
+			errs = append(errs, field.Duplicate(path.Child("hostPort"), at))
+		}
+		hostPorts[at] = true
 	}
 	return errs
 }
