@@ -467,6 +467,7 @@ __noinline enum reason flow_choose(__u32 hash)
 		return REASON_SOURCE_DENIED;
 	scope = policy_scope(policy, kind, change->flags & CHANGE_OUTSIDE);
 	if (policy.affinity_timeout_s) {
+		change->flags |= CHANGE_AFFINITY;
 		hash = client_hash(key.service, key.client);
 		id = affinity_find(&key, policy.affinity_timeout_s, scope, change->now_ns);
 	}
@@ -477,11 +478,23 @@ __noinline enum reason flow_choose(__u32 hash)
 			return REASON_NO_LOCAL_BACKEND;
 		if (!id)
 			return REASON_NO_BACKEND;
-		if (policy.affinity_timeout_s)
-			affinity_write(&key, id, change->now_ns);
 	}
 	change->backend = id;
 	return REASON_NONE;
+}
+
+/* affinity_note remembers the backend of a flow that has begun. A segment that begins none changes nothing. */
+__noinline int affinity_note(void)
+{
+	struct change *change = change_begin();
+	struct affinity_key key = {};
+
+	if (!change)
+		return 0;
+	key.service = change->frontend.service;
+	__builtin_memcpy(key.client, change->t.source, ADDRESS_LENGTH);
+	affinity_write(&key, change->backend, change->now_ns);
+	return 0;
 }
 
 static __always_inline enum reason flow_open_locked(struct change *change)
@@ -601,6 +614,9 @@ __noinline enum reason flow_open(void)
 		return REASON_LOCK_BUSY;
 	reason = flow_open_locked(change);
 	lock_release(change->lock);
+	if (change->flags & CHANGE_AFFINITY &&
+	    (reason == REASON_NEW_FLOW || reason == REASON_NEW_DIRECT))
+		affinity_note();
 	change_count(change, reason);
 	return reason;
 }

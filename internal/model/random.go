@@ -59,7 +59,7 @@ var (
 	herePods       = addrs("10.244.1.1", "10.244.1.2", "10.244.1.3", "fd00:244:1::1", "fd00:244:1::2", "fd00:244:1::3")
 	farPods        = addrs("10.244.2.1", "10.244.2.2", "10.244.2.3", "fd00:244:2::1", "fd00:244:2::2", "fd00:244:2::3")
 	hostNetwork    = addrs("192.0.2.1", "192.0.2.11", "2001:db8::1", "2001:db8::11")
-	outsiders      = addrs("172.16.0.1", "172.16.1.1", "192.0.2.11", "10.244.2.1", "2001:db8:c::1", "2001:db8:c:1::1", "2001:db8::11", "fd00:244:2::1")
+	outsiders      = addrs("172.16.0.1", "172.16.1.1", "192.0.2.11", "10.244.2.1", "10.96.0.200", "2001:db8:c::1", "2001:db8:c:1::1", "2001:db8::11", "fd00:244:2::1", "fd00:96::200")
 	sourceRanges   = []string{"172.16.0.0/24", "172.16.0.0/23", "172.16.1.1/32", "10.244.1.0/24", "10.244.1.2/31", "0.0.0.0/0", " 192.0.2.0/24", "2001:db8:c::/64", "2001:db8:c::/63", "fd00:244:1::2/127"}
 	portNumbers    = []int32{80, 81, 443}
 	nodePortPool   = []int32{30000, 30001, 30002}
@@ -101,7 +101,7 @@ func Random(seed, number uint64, packets int) (World, []Step) {
 				steps = append(steps, Step{Edit: &e})
 			}
 			places = r.places(current)
-		case r.IntN(300) == 0:
+		case r.IntN(100) == 0:
 			steps = append(steps, r.event())
 		case len(sent) > 0 && r.IntN(2) == 0: // the same again, or its answer
 			s := sent[len(sent)-1-r.IntN(min(len(sent), 1+r.IntN(60)))]
@@ -125,7 +125,7 @@ func Random(seed, number uint64, packets int) (World, []Step) {
 }
 
 func (r *random) event() Step {
-	switch r.IntN(6) {
+	switch r.IntN(8) {
 	case 0:
 		return Step{Forget: true}
 	case 1:
@@ -133,7 +133,7 @@ func (r *random) event() Step {
 	case 2, 3:
 		return Step{Sweep: true}
 	}
-	return Step{Age: pick(r, []time.Duration{time.Minute, 10 * time.Minute, 100 * time.Minute, 14 * time.Hour})}
+	return Step{Age: pick(r, []time.Duration{time.Minute, time.Minute, 10 * time.Minute, 100 * time.Minute, 14 * time.Hour})}
 }
 
 func (r *random) flags() uint8 {
@@ -611,7 +611,9 @@ func (r *random) editService(w World) Edit {
 		s.Spec.Type = pick(r, []corev1.ServiceType{"ClusterIP", "NodePort", "LoadBalancer", "ExternalName"})
 		if s.Spec.Type == corev1.ServiceTypeExternalName {
 			s.Spec.ClusterIPs, s.Spec.ClusterIP = nil, ""
-		} else if s.Spec.ClusterIP == "" {
+		} else if r.IntN(5) == 0 {
+			s.Spec.ClusterIPs, s.Spec.ClusterIP = []string{"None"}, "None"
+		} else if s.Spec.ClusterIP == "" || s.Spec.ClusterIP == "None" {
 			r.families(s)
 		}
 	case 2:
@@ -634,7 +636,7 @@ func (r *random) editService(w World) Edit {
 	case 8:
 		s.Annotations = map[string]string{"lbagent.io/algorithm": pick(r, []string{"plain", "maglev"})}
 	case 9:
-		if s.Spec.Type != corev1.ServiceTypeExternalName {
+		if s.Spec.Type != corev1.ServiceTypeExternalName && s.Spec.ClusterIP != "None" {
 			r.families(s)
 		}
 	}
