@@ -177,10 +177,9 @@ static __always_inline __u32 range_select(struct slot_range range, __u32 hash)
 	return id ? *id : 0;
 }
 
-/* affinity_find returns the backend that a client of a service has; 0 where it has
- * none, or one that no new flow may choose in this scope. The element may become another client's while it is
- * read. So it is copied at once, and whatever it says is held against the backend: at worst the client gets
- * another one of this service. */
+/* affinity_find returns the backend that a client of a service has; 0 where it has none, or one that no new flow may
+ * choose in this scope. The element may become another client's while it is read. So it is copied at once, and
+ * whatever it says is held against the backend: at worst the client gets another one of this service. */
 static __always_inline __u32 affinity_find(const struct affinity_key *key, __u32 timeout_s,
 					   __u8 scope, __u64 now)
 {

@@ -477,6 +477,23 @@ func TestAffinityAndScope(t *testing.T) {
 	}
 }
 
+// A packet that begins no flow makes no record, and none younger.
+func TestAffinityOfRefused(t *testing.T) {
+	for _, f := range families {
+		r := affine(t, f)
+		r.choose("pod_in", opening(lb.TCP, f.client, f.vip))
+		r.remember(func(a *maps.Affinity) { a.LastUsedNs -= uint64(time.Second) })
+		before := r.remembered()
+		clash := testenv.SegmentTCP(f.client, f.other, testenv.ACK)
+		if got := r.run("node_in", clash.Bytes()); got.Reason != "tuple_taken" {
+			t.Errorf("%s: a segment in mid-stream that clashes: %s", f.name, got.Reason)
+		}
+		if diff := cmp.Diff(before, r.remembered()); diff != "" {
+			t.Errorf("%s: it began no flow, and what is remembered is another (-before +after):\n%s", f.name, diff)
+		}
+	}
+}
+
 // TestAffinitySwitched: off, nothing is read or written; on again, what was remembered counts.
 func TestAffinitySwitched(t *testing.T) {
 	for _, f := range families {
