@@ -469,7 +469,7 @@ func (r *random) endpoints(s *discoveryv1.EndpointSlice) (all []discoveryv1.Endp
 			continue
 		}
 		e := discoveryv1.Endpoint{Addresses: []string{a.String()}, Hints: hints(a, s.Annotations[annotationHints])}
-		if node := nodeOf(a); a.As16()[15]%4 != 3 {
+		if node := nodeOf(a); a.As16()[15]%4 != 3 && a != hostNetwork[0] {
 			e.NodeName = &node
 		}
 		if r.IntN(4) > 0 {
