@@ -26,8 +26,10 @@ var folders = map[string][]string{
 	"source/manifest": {"lb"},
 	"resolve":         {"lb"},
 	"reconcile":       {"lb", "balance", "maps"},
-	"api":             {"lb", "maps", "loader"},
-	"agent":           {"lb", "maps", "loader", "node", "source", "source/manifest", "resolve", "reconcile", "api"},
+	"health":          {"lb"},
+	"metrics":         {"lb", "maps"},
+	"api":             {"lb", "maps", "loader", "health"},
+	"agent":           {"lb", "maps", "loader", "node", "source", "source/manifest", "resolve", "reconcile", "health", "metrics", "api"},
 	// The command line reads what it shows where it is: pinned maps, this kernel, this host, manifests.
 	"cmd/lbagent":      {"lb", "maps", "loader", "node", "source", "source/manifest", "resolve", "api", "agent"},
 	"internal/testenv": {},
@@ -42,6 +44,7 @@ var outsiders = map[string][]string{
 	"k8s.io/":                        {"source", "source/manifest", "resolve", "internal/model"},
 	"github.com/vishvananda/netlink": {"loader", "node", "internal/testenv"},
 	"github.com/vishvananda/netns":   {"loader", "node", "internal/testenv"},
+	"github.com/prometheus/":         {"metrics"},
 	"golang.org/x/sys/unix":          {"maps", "loader", "node", "internal/testenv", "internal/bench"}, // maps: mmap, flock, membarrier
 }
 
@@ -87,6 +90,7 @@ func TestComplaints(t *testing.T) {
 		{"reconcile", []string{"k8s.io/api/core/v1", module + "/resolve"}, 2},
 		{"agent", []string{"golang.org/x/sys/unix"}, 1},
 		{"api", []string{module + "/agent"}, 1},
+		{"health", []string{"net/http", module + "/maps", "github.com/prometheus/client_golang/prometheus"}, 2},
 	} {
 		if got := complaints(module+"/"+c.folder, c.imports); len(got) != c.want {
 			t.Errorf("%s with %q: %q, want %d complaints", c.folder, c.imports, got, c.want)

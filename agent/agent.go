@@ -14,8 +14,10 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/lbagent/lbagent/api"
+	"github.com/lbagent/lbagent/health"
 	"github.com/lbagent/lbagent/loader"
 	"github.com/lbagent/lbagent/maps"
+	"github.com/lbagent/lbagent/metrics"
 	"github.com/lbagent/lbagent/node"
 	"github.com/lbagent/lbagent/reconcile"
 	"github.com/lbagent/lbagent/resolve"
@@ -95,6 +97,10 @@ func Run(ctx context.Context, c Config) (err error) {
 		sweepBegins: make(chan struct{}), sweepEnds: make(chan walk),
 		holding: len(folder.Held()) > 0,
 	}
+	a.proxy = health.NewProxy(func() bool { return source.Eligible(objects.Node(c.NodeName)) })
+	a.checks = health.NewChecks(a.proxy.Healthy)
+	a.metrics = metrics.New(m, Version(), a.metricsState)
+	a.servers = a.newServers()
 	if a.holding {
 		reconciler.Hold(true)
 		c.Log.Warn("nothing is removed until manifests are mended or deleted", "files", folder.Held())
@@ -107,9 +113,13 @@ func Run(ctx context.Context, c Config) (err error) {
 	g.Go(func() error { return folder.Run(ctx) })
 	g.Go(func() error { return objects.Run(ctx) })
 	g.Go(func() error { return host.Run(ctx) })
-	g.Go(func() error { return pump(ctx, objects.Next, a.dirty) })
+	g.Go(func() error { return pump(ctx, a.next, a.dirty) })
 	g.Go(func() error { return pump(ctx, host.Next, a.hosts) })
 	g.Go(func() error { return api.Serve(ctx, socket, a) })
+	g.Go(func() error { return a.checks.Run(ctx) })
+	for _, s := range a.servers {
+		g.Go(func() error { return a.serve(ctx, s) })
+	}
 	g.Go(func() error { return a.sweep(ctx) })
 	g.Go(func() error { return a.run(ctx) })
 	return g.Wait()

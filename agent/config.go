@@ -31,6 +31,10 @@ type Config struct {
 	ExternalIPsAllow  []string // --external-ips-allow; none: all are
 	HairpinAddresses  []string // --hairpin-addresses
 
+	// Addresses and ports; "" is off, to be set after Defaults.
+	MetricsAddress string // --metrics-bind-address
+	HealthzAddress string // --healthz-bind-address
+
 	BPFRoot string     // --bpf-root: the folder of pins
 	Socket  string     // --socket
 	Sizes   maps.Sizes // --flows, --max-services and so on
@@ -38,6 +42,8 @@ type Config struct {
 	SilentBackend time.Duration
 
 	SweepInterval time.Duration // no flag: shorter in tests
+
+	Flags map[string]string // all flags by name, as they are written: what /configz answers
 
 	Log *slog.Logger
 }
@@ -67,6 +73,8 @@ func (c *Config) Defaults() {
 	}
 	c.SilentBackend = cmp.Or(c.SilentBackend, 5*time.Second)
 	c.SweepInterval = cmp.Or(c.SweepInterval, sweepInterval)
+	c.MetricsAddress = cmp.Or(c.MetricsAddress, "127.0.0.1:10249")
+	c.HealthzAddress = cmp.Or(c.HealthzAddress, "127.0.0.1:10256")
 	c.BPFRoot = cmp.Or(c.BPFRoot, "/sys/fs/bpf/lbagent")
 	c.Socket = cmp.Or(c.Socket, "/run/lbagent/lbagent.sock")
 	if c.Log == nil {
@@ -156,6 +164,11 @@ func (c Config) Validate() error {
 	}
 	if c.NodeName == "" {
 		wrong("hostname-override", "this host has no name: give one")
+	}
+	for _, address := range []struct{ flag, value string }{{"metrics-bind-address", c.MetricsAddress}, {"healthz-bind-address", c.HealthzAddress}} {
+		if at, err := netip.ParseAddrPort(address.value); address.value != "" && (err != nil || at.Port() == 0) {
+			wrong(address.flag, "%q is no address and port such as 127.0.0.1:10249", address.value)
+		}
 	}
 	for _, path := range []struct{ flag, value string }{{"bpf-root", c.BPFRoot}, {"socket", c.Socket}} {
 		if !filepath.IsAbs(path.value) {

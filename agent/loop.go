@@ -13,8 +13,10 @@ import (
 	"time"
 
 	"github.com/lbagent/lbagent/api"
+	"github.com/lbagent/lbagent/health"
 	"github.com/lbagent/lbagent/loader"
 	"github.com/lbagent/lbagent/maps"
+	"github.com/lbagent/lbagent/metrics"
 	"github.com/lbagent/lbagent/node"
 	"github.com/lbagent/lbagent/reconcile"
 	"github.com/lbagent/lbagent/resolve"
@@ -24,6 +26,9 @@ import (
 
 // releaseDelay is how often to look whether the objects of mended files have arrived.
 const releaseDelay = 100 * time.Millisecond
+
+// maxBegan is how many begins of changes are remembered while writes fail, for the metrics.
+const maxBegan = 4096
 
 // agent is what is between the stages. All of it belongs to the goroutine of run, but for what is said to
 // be another's and what [agent.Status] says it reads.
@@ -53,7 +58,15 @@ type agent struct {
 	holding bool // what was found in the maps and nobody names is kept
 	release retry
 
+	// Readers of the others, each safe for concurrent use.
+	proxy   *health.Proxy
+	checks  *health.Checks
+	metrics *metrics.Metrics
+	servers []*server
+	stats   atomic.Pointer[reconcile.Stats] // as of the page
+
 	lastChange time.Time
+	began      []time.Time // when what is not in force yet began, as far as that is known; maxBegan at most
 	apply      api.Apply
 	applyRetry retry
 	problems   problemLog
@@ -74,7 +87,7 @@ func (a *agent) run(ctx context.Context) error {
 	defer a.applyRetry.stop()
 	defer a.attachRetry.stop()
 	for {
-		changed := a.folder.Changed()
+		changed, listening := a.folder.Changed(), a.checks.Changed()
 		if a.holding && !a.release.pending() && len(a.folder.Held()) == 0 {
 			a.release.after(releaseDelay)
 		}
@@ -88,6 +101,9 @@ func (a *agent) run(ctx context.Context) error {
 			if !a.synced { // the first that are dirty are all there are
 				a.synced = true
 				a.attach()
+				if a.apply.LastError == "" {
+					a.proxy.Updated()
+				}
 				stats := a.reconciler.Stats()
 				a.config.Log.Info("ready", "services", stats.Services, "backends", stats.Backends, "programs", len(a.attached))
 			}
@@ -107,6 +123,7 @@ func (a *agent) run(ctx context.Context) error {
 			a.endSweep(w)
 			a.attach() // others' filters, and what others did to ours, are told by nobody
 		case <-changed: // problems or what is held
+		case <-listening: // problems
 		case <-a.release.due():
 			a.letGo(ctx)
 		case <-a.applyRetry.due():
@@ -129,6 +146,7 @@ func (a *agent) resolve(dirty source.Dirty) {
 	for _, name := range dirty.Pods {
 		a.take(a.table.UpdatePod(resolve.Name(name), a.objects.Pod(name)))
 	}
+	a.began = append(a.began, dirty.Began[:min(len(dirty.Began), maxBegan-len(a.began))]...)
 	a.lastChange = time.Now()
 }
 
@@ -192,8 +210,17 @@ func (a *agent) endSweep(w walk) {
 
 // write brings what is different into the maps.
 func (a *agent) write() {
+	defer a.setChecks() // who is told to send traffic here finds it in force
+	a.proxy.Queued()
+	start := time.Now()
 	err := a.reconciler.Apply()
+	a.metrics.Applied(time.Since(start), err == nil)
 	if err == nil {
+		a.metrics.Programmed(a.began)
+		a.began = nil
+		if a.synced { // before, no device may have programs
+			a.proxy.Updated()
+		}
 		if a.apply.LastError != "" {
 			a.config.Log.Info("maps written again")
 		}

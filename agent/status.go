@@ -18,7 +18,7 @@ import (
 
 // publish puts up what status answers with, and logs what is new of it.
 func (a *agent) publish() {
-	problems := a.table.Problems()
+	problems := append(a.table.Problems(), a.checks.Problems()...)
 	for _, addr := range a.elsewhere {
 		problems = append(problems, lb.Problem{
 			Object: "Node " + a.config.NodeName, Field: "status.addresses", Severity: lb.Warning,
@@ -30,7 +30,9 @@ func (a *agent) publish() {
 	}
 	a.problems.tell(a.config.Log, problems)
 
-	a.apply.Pending = a.reconciler.Stats().Pending
+	stats := a.reconciler.Stats()
+	a.stats.Store(&stats)
+	a.apply.Pending = stats.Pending
 	apply, features := a.apply, a.programs.Features()
 	s := api.Status{
 		Running: true, Version: Version(), PID: os.Getpid(), Started: a.started, NodeName: a.config.NodeName,
@@ -52,10 +54,11 @@ func (a *agent) publish() {
 	a.page.Store(&s)
 }
 
-// Status answers the admin socket, from any goroutine: the page that was put up last, and what the maps say
-// right now; of the flow tables, what the last walk has counted.
+// Status answers the admin socket, from any goroutine: the page that was put up last, what the maps say
+// right now and where HTTP is served; of the flow tables, what the last walk has counted.
 func (a *agent) Status() (api.Status, error) {
 	s := *a.page.Load()
+	s.Listeners = a.listeners()
 	return s, s.FillFromMaps(a.maps, a.flows.Load())
 }
 

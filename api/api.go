@@ -36,6 +36,8 @@ type Status struct {
 	// AttachError says why programs are not where they should be; it is tried again.
 	AttachError string `json:"attachError,omitempty"`
 
+	Listeners []Listener `json:"listeners"` // where the agent serves HTTP
+
 	Maps     []Map             `json:"maps"`
 	Reasons  map[string]uint64 `json:"reasons"` // packets by the reason of their verdict, those above 0
 	Problems []Problem         `json:"problems"`
@@ -66,6 +68,13 @@ type Uncovered struct {
 	Device string `json:"device"`
 	Index  int    `json:"index"`
 	Reason string `json:"reason"`
+}
+
+// Listener is an address at which the agent serves HTTP, or is to.
+type Listener struct {
+	Name    string `json:"name"` // "metrics", "healthz", "health check default/web"
+	Address string `json:"address"`
+	Error   string `json:"error,omitempty"` // why it does not; it is tried again
 }
 
 // Map is how full a map is.
@@ -154,7 +163,7 @@ func mapsOf(m *maps.Maps, flows *FlowCounts) ([]Map, error) {
 // FromPins is the part of a status that needs no agent: what is pinned below `root` and attached in this
 // network namespace. Without pins it is an empty one.
 func FromPins(root string) (Status, error) {
-	s := Status{Programs: []loader.Attached{}, Uncovered: []Uncovered{}, Maps: []Map{}, Reasons: map[string]uint64{}, Problems: []Problem{}}
+	s := Status{Programs: []loader.Attached{}, Uncovered: []Uncovered{}, Listeners: []Listener{}, Maps: []Map{}, Reasons: map[string]uint64{}, Problems: []Problem{}}
 	var err error
 	if s.Programs, err = loader.List(filepath.Join(root, "links")); err != nil {
 		return s, err

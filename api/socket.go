@@ -13,9 +13,10 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
-	"sync"
 	"syscall"
 	"time"
+
+	"github.com/lbagent/lbagent/health"
 )
 
 var (
@@ -98,37 +99,10 @@ func Serve(ctx context.Context, l net.Listener, agent Agent) error {
 		s, err := agent.Services(r.Context(), r.PathValue("namespace"), r.PathValue("name"))
 		answer(w, s, err)
 	})
-	var connections sync.WaitGroup // Shutdown waits for them, but only for a while, and Close does not
-	server := &http.Server{
-		Handler: mux, ReadHeaderTimeout: 5 * time.Second, WriteTimeout: 10 * time.Second,
-		ConnState: func(_ net.Conn, state http.ConnState) {
-			switch state {
-			case http.StateNew:
-				connections.Add(1)
-			case http.StateClosed:
-				connections.Done()
-			}
-		},
+	if err := health.Serve(ctx, l, mux); err != nil {
+		return fmt.Errorf("serve the admin socket: %w", err)
 	}
-	stopped := make(chan struct{})
-	cancel := context.AfterFunc(ctx, func() {
-		defer close(stopped)
-		grace, done := context.WithTimeout(context.WithoutCancel(ctx), time.Second)
-		defer done()
-		if server.Shutdown(grace) != nil {
-			server.Close()
-		}
-	})
-	err := server.Serve(l)
-	if !cancel() {
-		<-stopped
-	}
-	server.Close()
-	connections.Wait()
-	if errors.Is(err, http.ErrServerClosed) {
-		return nil
-	}
-	return fmt.Errorf("serve the admin socket: %w", err)
+	return nil
 }
 
 func answer(w http.ResponseWriter, value any, err error) {

@@ -503,7 +503,6 @@ static __always_inline enum reason flow_open_locked(struct change *change)
 	struct backend *backend;
 	enum reason reason;
 	struct flow *flow;
-	struct tuple to;
 	__u32 hash, id;
 
 	change->now_ns = clock_now();
@@ -534,7 +533,7 @@ static __always_inline enum reason flow_open_locked(struct change *change)
 		return REASON_STRAY_RST;
 	}
 
-	to = change->t;
+	change->u = change->t;
 	change->backend = 0;
 	change->generation = 0;
 	if (!(change->flags & CHANGE_IDENTITY)) {
@@ -547,21 +546,23 @@ static __always_inline enum reason flow_open_locked(struct change *change)
 		/* Its generation is raised a grace period after it can be chosen no more. */
 		life = backend_life_load(backend);
 		change->generation = life.generation;
-		__builtin_memcpy(to.destination, backend->address, ADDRESS_LENGTH);
-		to.destination_port = life.port;
-		if (address_equal(to.destination, to.source)) {
-			const volatile __u64 *hairpin = address_hairpin(to.source);
+		__builtin_memcpy(change->u.destination, backend->address, ADDRESS_LENGTH);
+		change->u.destination_port = life.port;
+		if (address_equal(change->u.destination, change->u.source)) {
+			const volatile __u64 *hairpin = address_hairpin(change->u.source);
 
-			((__u64 *)to.source)[0] = hairpin[0];
-			((__u64 *)to.source)[1] = hairpin[1];
+			((__u64 *)change->u.source)[0] = hairpin[0];
+			((__u64 *)change->u.source)[1] = hairpin[1];
 			change->flags |= CHANGE_BACK;
 		}
 	}
 	if (flow) {
 		tuple_invert(&change->t_back, &change->t);
-		if (address_equal(to.destination, change->u.destination) &&
-		    to.destination_port == change->u.destination_port && reply_is_there(change)) {
+		if (address_equal(change->u.destination, change->old_back.source) &&
+		    change->u.destination_port == change->old_back.source_port &&
+		    reply_is_there(change)) {
 			/* The same again, by whatever port the backend knows the client. */
+			tuple_invert(&change->u, &change->old_back);
 			change->u_back = change->old_back;
 			flow_reopen(change);
 			half_count(flow, change->bytes);
@@ -570,7 +571,6 @@ static __always_inline enum reason flow_open_locked(struct change *change)
 		}
 		change->flags |= CHANGE_REPLACE;
 	}
-	change->u = to;
 
 	for (int i = 0; i <= REMAP_TRIES; i++) {
 		if (i) {

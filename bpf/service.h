@@ -178,7 +178,7 @@ static __always_inline __u32 range_select(struct slot_range range, __u32 hash)
 }
 
 /* affinity_find returns the backend that a client of a service has; 0 where it has none, or one that no new flow may
- * choose in this scope. The element may become another client's while it is read. So it is copied at once, and
+ * choose in this scope. The element may become another client's while it is read. So its id is read once, and
  * whatever it says is held against the backend: at worst the client gets another one of this service. */
 static __always_inline __u32 affinity_find(const struct affinity_key *key, __u32 timeout_s,
 					   __u8 scope, __u64 now)
@@ -186,24 +186,24 @@ static __always_inline __u32 affinity_find(const struct affinity_key *key, __u32
 	const struct affinity *element = bpf_map_lookup_elem(&affinity, key);
 	const struct backend *backend;
 	struct backend_life life;
-	struct affinity record;
+	__u32 id;
 	__s64 age;
 
 	if (!element)
 		return 0;
-	record = *element;
-	age = now - record.last_used_ns; /* negative: another CPU's clock was read later */
+	id = element->backend;
+	age = now - element->last_used_ns; /* negative: another CPU's clock was read later */
 	if (age > 0 && (__u64)age >= timeout_s * 1000000000ULL)
 		return 0;
-	backend = backend_lookup(record.backend);
+	backend = backend_lookup(id);
 	if (!backend)
 		return 0;
 	life = backend_life_load(backend);
 	if (life.state != BACKEND_ACTIVE || !(life.flags & scope) ||
-	    backend->service != key->service || life.port != record.port ||
-	    !address_equal(backend->address, record.address))
+	    backend->service != key->service || life.port != element->port ||
+	    !address_equal(backend->address, element->address))
 		return 0;
-	return record.backend;
+	return id;
 }
 
 static __always_inline void affinity_write(const struct affinity_key *key, __u32 id, __u64 now)

@@ -3,6 +3,7 @@
 package loader
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -44,8 +45,13 @@ func TestLoad(t *testing.T) {
 			for _, header := range []int{14, 0} {
 				l := &Loader{maps: m, features: f, config: Config{Timeouts: DefaultTimeouts(), SilentBackend: silent}}
 				for _, object := range []func() (*ebpf.CollectionSpec, error){loadTc, loadSweep} {
-					if err := l.count(object, header, counts); err != nil {
-						t.Errorf("with %+v, silent backend %v, link header %d: %+v", f, silent, header, err)
+					err := l.count(object, header, counts)
+					var refusal *ebpf.VerifierError
+					if errors.As(err, &refusal) && !t.Failed() {
+						t.Logf("the verifier's first refusal: %+v", refusal)
+					}
+					if err != nil {
+						t.Errorf("with %+v, silent backend %v, link header %d: %v", f, silent, header, err)
 					}
 				}
 			}

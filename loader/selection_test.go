@@ -625,20 +625,29 @@ func TestServicePrefixes(t *testing.T) {
 					if c.flags != noEntry {
 						r.address(f.vip.Addr(), c.flags)
 					}
-					verdict := uint32(pass)
+					// A packet with a port, and one without, which is never answered.
+					verdict, oddVerdict, oddReason := uint32(pass), uint32(pass), "unsupported"
 					if c.reason != "no_service" {
-						verdict = drop
+						verdict, oddVerdict, oddReason = drop, drop, "vip_unsupported"
+					}
+					expect := func(program string, frame []byte) {
+						t.Helper()
+						if c.reason != "wrong_port" {
+							r.expect(program, frame, verdict, c.reason, frame)
+						} else if got := r.run(program, frame); got.Verdict != sentBack || got.Reason != c.reason {
+							// TestReject compares what is sent.
+							t.Errorf("%s of %s: verdict %d, reason %s", program, testenv.Describe(frame), int32(got.Verdict), got.Reason)
+						}
 					}
 					packet := opening(p, f.client, f.vip)
 					odd := with(packet, func(p *testenv.Packet) { p.Protocol = 47 })
-					oddReason := map[uint32]string{pass: "unsupported", drop: "vip_unsupported"}[verdict]
 					for _, at := range []struct {
 						program string
 						to      testenv.MAC
 					}{{"node_in", bridgeMAC}, {"port_in", bridgeMAC}, {"port_in", otherMAC}} {
 						frame, oddFrame := sentTo(at.to, packet).Bytes(), sentTo(at.to, odd).Bytes()
-						r.expect(at.program, frame, verdict, c.reason, frame)
-						r.expect(at.program, oddFrame, verdict, oddReason, oddFrame)
+						expect(at.program, frame)
+						r.expect(at.program, oddFrame, oddVerdict, oddReason, oddFrame)
 					}
 					// Another host's frame, which the cable shows us.
 					foreign, oddForeign := sentTo(otherMAC, packet).Bytes(), sentTo(otherMAC, odd).Bytes()
@@ -646,7 +655,11 @@ func TestServicePrefixes(t *testing.T) {
 					r.expect("node_in", oddForeign, pass, "unsupported", oddForeign)
 					// A routed pod's.
 					r.keepMAC = false
-					r.expect("pod_in", packet.Bytes(), verdict, c.reason, packet.Bytes())
+					expect("pod_in", packet.Bytes())
+					if p == lb.TCP && c.reason == "wrong_port" {
+						reset := with(packet, func(p *testenv.Packet) { p.TCPFlags = testenv.RST }).Bytes()
+						r.expect("pod_in", reset, drop, "not_answered", reset)
+					}
 					r.expect("node_out", packet.Bytes(), pass, "no_flow", packet.Bytes())
 				})
 			}

@@ -129,10 +129,7 @@ func chooseCluster(all []endpoint, host *reader) {
 	hinted := hints(all, host)
 	for i := range all {
 		e := &all[i]
-		e.cluster = unusable(e, noneReady)
-		if e.cluster == "" && e.use == ready {
-			e.cluster = hinted(e)
-		}
+		e.cluster = cmp.Or(unusable(e, noneReady), hinted(e))
 	}
 }
 
@@ -176,7 +173,7 @@ func unusable(e *endpoint, noneReady bool) string {
 
 // hints says what the hints of the ready endpoints mean for one of them here: why it is not chosen, "" where
 // it is. They mean something only where all have them and some bring to this node; a hint to the node goes
-// before one to its zone.
+// before one to its zone. Where none is ready they mean nothing.
 func hints(all []endpoint, host *reader) func(*endpoint) string {
 	forNode := func(e *endpoint) bool {
 		return slices.ContainsFunc(e.nodes, func(h discoveryv1.ForNode) bool { return h.Name == host.name() })

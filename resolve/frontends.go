@@ -21,10 +21,9 @@ type wish struct {
 	field    string // that asks for it
 }
 
-// compare puts the wishes of one object for one VIP in order: the first gets it.
+// compare sorts wishes by VIP, and those for one VIP by class.
 func (w wish) compare(o wish) int {
-	return cmp.Or(w.frontend.VIP.Compare(o.frontend.VIP), cmp.Compare(w.class, o.class),
-		cmp.Compare(w.frontend.Kind, o.frontend.Kind))
+	return cmp.Or(w.frontend.VIP.Compare(o.frontend.VIP), cmp.Compare(w.class, o.class))
 }
 
 // address is an address of a Service, and what asks for it.
@@ -43,7 +42,7 @@ func frontends(svc *corev1.Service, closed func(lb.Family) bool, options *Option
 	problems = append(problems, wrong...)
 	external, wrong := externalIPs(spec, options.ExternalIPsAllow)
 	problems = append(problems, wrong...)
-	own := slices.Concat(cluster, balancer, external)
+	own := slices.Concat(cluster, balancer, external) // in this order, for one that is given twice
 
 	var wishes []wish
 	for i := range spec.Ports {

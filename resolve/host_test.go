@@ -54,6 +54,9 @@ func TestSetHostCosts(t *testing.T) {
 		table.UpdatePod(Name{"", name}, pod)
 	}
 	table.SetHost(before)
+	if len(table.node.ranges) > 0 {
+		t.Errorf("the route of one pod is a range: %v", table.node.ranges) // then each that comes looks at all addresses
+	}
 	for _, tt := range []struct {
 		name string
 		edit func(*Host)

@@ -64,7 +64,7 @@ func play(t *testing.T, data []byte) {
 
 	fresh, want, wantForeign := NewTable(playOptions), follower{}, map[netip.Addr]bool{}
 	for r, in := range inputs { // in the order of the map: another one every time
-		change := fresh.update(map[ref]input{r: in})
+		change := fresh.update(map[ref]input{r: {in.svc, reversed(in.slices), in.pod}})
 		checkChange(t, want, wantForeign, change)
 	}
 	checkChange(t, want, wantForeign, fresh.SetHost(host))
@@ -81,6 +81,16 @@ func play(t *testing.T, data []byte) {
 			t.Fatalf("%s (-want +played):\n%s", d.what, d.diff)
 		}
 	}
+}
+
+// reversed returns slices in another order, and so what is in them.
+func reversed(endpointSlices []*discoveryv1.EndpointSlice) (all []*discoveryv1.EndpointSlice) {
+	for _, s := range slices.Backward(endpointSlices) {
+		s = s.DeepCopy()
+		slices.Reverse(s.Endpoints)
+		all = append(all, s)
+	}
+	return all
 }
 
 // checkChange applies a Change, and says whether it is one that makes sense.

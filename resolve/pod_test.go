@@ -77,6 +77,14 @@ func TestHostPorts(t *testing.T) {
 			p.Spec.Containers[0].Ports = append(p.Spec.Containers[0].Ports,
 				corev1.ContainerPort{ContainerPort: 8081, HostPort: 80, Protocol: "UDP"})
 		}), append(all, "pod default/web:80/UDP IPv4 192.0.2.1:80/UDP to 10.0.0.1:8081"), nil},
+		{"one hostPort twice: the first", host, edited(func(p *corev1.Pod) {
+			p.Spec.Containers[0].Ports = append(p.Spec.Containers[0].Ports, corev1.ContainerPort{ContainerPort: 8081, HostPort: 80})
+		}), all, nil},
+		{"any and a hostIP: the hostIP where it is", host, edited(func(p *corev1.Pod) {
+			p.Spec.Containers[0].Ports = append(p.Spec.Containers[0].Ports,
+				corev1.ContainerPort{ContainerPort: 8081, HostPort: 80, HostIP: "192.0.2.1"})
+		}), []string{"pod default/web:192.0.2.1:80/TCP IPv4 192.0.2.1:80/TCP to 10.0.0.1:8081"},
+			[]string{"warning: spec.containers[0].ports[0].hostPort"}},
 		{"hostIP", host, hostIP("192.0.2.1"), []string{"pod default/web:192.0.2.1:80/TCP IPv4 192.0.2.1:80/TCP to 10.0.0.1:8080"}, nil},
 		{"hostIP 0.0.0.0", host, hostIP("0.0.0.0"), []string{"pod default/web:0.0.0.0:80/TCP IPv4 192.0.2.1:80/TCP to 10.0.0.1:8080"}, nil},
 		{"hostIP of a family that the Pod has not", host, hostIP("::"), nil, nil},

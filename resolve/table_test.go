@@ -6,6 +6,7 @@ import (
 	"cmp"
 	"fmt"
 	"maps"
+	"reflect"
 	"slices"
 	"strings"
 	"testing"
@@ -257,6 +258,21 @@ func TestChangesAreMinimal(t *testing.T) {
 		{"an annotation", with(dual(), func(s *corev1.Service) { s.Annotations = map[string]string{"a": "b"} }), first, ""},
 		{"the same in two slices", dual(), append(slice(endpointOf("10.0.0.1", "yyn")), first...), ""},
 		{"an endpoint that counts for nothing", dual(), slice(endpointOf("10.0.0.1", "yyn"), endpointOf("10.0.0.2", "nnn")), ""},
+		{"affinity", with(dual(), func(s *corev1.Service) { s.Spec.SessionAffinity = "ClientIP" }), first,
+			"+default/web/TCP IPv4, +default/web/TCP IPv6"},
+		{"algorithm", with(dual(), func(s *corev1.Service) {
+			s.Annotations = map[string]string{"lbagent.io/algorithm": "maglev"}
+		}), first, "+default/web/TCP IPv4, +default/web/TCP IPv6"},
+		{"internal policy", with(dual(), func(s *corev1.Service) {
+			s.Spec.InternalTrafficPolicy = new(corev1.ServiceInternalTrafficPolicyLocal)
+		}), first, "+default/web/TCP IPv4, +default/web/TCP IPv6"},
+		{"external policy of no frontend", with(dual(), func(s *corev1.Service) { s.Spec.ExternalTrafficPolicy = "Local" }), first, ""},
+		{"external policy", with(dual(), func(s *corev1.Service) {
+			s.Spec.Type, s.Spec.ExternalTrafficPolicy = "NodePort", "Local"
+		}), first, "+default/web/TCP IPv4, +default/web/TCP IPv6"},
+		{"source ranges of no frontend", with(dual(), func(s *corev1.Service) {
+			s.Spec.Type, s.Spec.LoadBalancerSourceRanges = "LoadBalancer", []string{"192.0.2.0/24"}
+		}), first, ""},
 		{"another endpoint", dual(), slice(endpointOf("10.0.0.1", "yyn"), endpointOf("10.0.0.2", "yyn")), "+default/web/TCP IPv4"},
 		{"no endpoint", dual(), nil, "+default/web/TCP IPv4"},
 		{"one family less", tcp80("10.96.0.1"), first, "-default/web/TCP IPv6"},
@@ -289,13 +305,53 @@ func TestTableForgets(t *testing.T) {
 		table.Update(Name{"default", name}, tcp80("10.96.0.1"), nil)
 	}
 	table.Update(Name{"default", "d"}, tcp80(), nil) // a problem and nothing else
-	for _, name := range []string{"b", "a", "d", "c"} {
+	table.SetHost(Host{PodRoutes: prefixes("10.0.0.1/32")})
+	local := at(nodePort30080("LoadBalancer"), 1)
+	local.Spec.ExternalTrafficPolicy, local.Spec.HealthCheckNodePort = "Local", 32000
+	table.Update(Name{"default", "e"}, local, []*discoveryv1.EndpointSlice{
+		sliceOf("IPv4", portOf("", "TCP", 8080), endpointOf("10.0.0.1", "---")),
+	})
+	table.Update(Name{"default", "f"}, with(tcp80("10.96.0.9"), func(s *corev1.Service) {
+		s.Labels = map[string]string{labelServiceProxyName: ""}
+	}), nil)
+	table.UpdatePod(Name{"default", "a"}, podWith(corev1.ContainerPort{HostPort: 80, ContainerPort: 80}))
+	table.UpdatePod(Name{"default", "b"}, podWith(corev1.ContainerPort{ContainerPort: 80})) // of no interest
+	if _, kept := table.objects[ref{Name{"default", "b"}, true}]; kept {
+		t.Error("a Pod without hostPorts is kept")
+	}
+	for _, name := range []string{"b", "a", "d", "c", "e", "f"} {
 		table.Update(Name{"default", name}, nil, nil)
+		table.UpdatePod(Name{"default", name}, nil)
 	}
 	if n := len(table.objects) + len(table.problems) + len(table.claims) + len(table.contested) + len(table.inForce) +
 		len(table.checks) + len(table.foreign) + len(table.askers.place) + len(table.askers.addresses) +
 		len(table.askers.nodePorts) + len(table.askers.has); n > 0 {
 		t.Errorf("left behind: %+v", table)
+	}
+}
+
+// TestEveryFieldCounts: two services that differ in one field are not equal.
+func TestEveryFieldCounts(t *testing.T) {
+	one := reflect.TypeFor[lb.Service]()
+	for i := range one.NumField() {
+		other := lb.Service{}
+		switch field := reflect.ValueOf(&other).Elem().Field(i); field.Kind() {
+		case reflect.Bool:
+			field.SetBool(true)
+		case reflect.Uint8:
+			field.SetUint(1)
+		case reflect.Int64:
+			field.SetInt(1)
+		case reflect.Slice:
+			field.Set(reflect.MakeSlice(field.Type(), 1, 1))
+		case reflect.Struct:
+			field.Field(0).SetString("x")
+		default:
+			t.Fatalf("field %s: what is another value?", one.Field(i).Name)
+		}
+		if equal(lb.Service{}, other) {
+			t.Errorf("field %s does not count", one.Field(i).Name)
+		}
 	}
 }
 

@@ -4,6 +4,7 @@ package source
 
 import (
 	"net/netip"
+	"slices"
 
 	corev1 "k8s.io/api/core/v1"
 )
@@ -40,4 +41,14 @@ func addressOf(n *corev1.Node, is4 bool) (netip.Addr, bool) {
 		}
 	}
 	return netip.Addr{}, false
+}
+
+// toBeDeleted is the taint by which the cluster autoscaler says that it is about to remove a node.
+const toBeDeleted = "ToBeDeletedByClusterAutoscaler"
+
+// Eligible reports whether a node is to get traffic from outside: not one that is being deleted or is about to be.
+// One without an object is.
+func Eligible(n *corev1.Node) bool {
+	return n == nil || n.DeletionTimestamp == nil &&
+		!slices.ContainsFunc(n.Spec.Taints, func(t corev1.Taint) bool { return t.Key == toBeDeleted })
 }

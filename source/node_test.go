@@ -7,6 +7,7 @@ import (
 	"testing"
 
 	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
 
 func TestAddressesOf(t *testing.T) {
@@ -35,5 +36,30 @@ func TestAddressesOf(t *testing.T) {
 	}
 	if AddressesOf(nil) != nil || ZoneOf(nil) != "" || ZoneOf(node("this", "z")) != "z" {
 		t.Error("a node without an object, or its zone")
+	}
+}
+
+func TestEligible(t *testing.T) {
+	now := metav1.Now()
+	for name, c := range map[string]struct {
+		change func(*corev1.Node)
+		want   bool
+	}{
+		"as it is":      {func(*corev1.Node) {}, true},
+		"other taints":  {func(n *corev1.Node) { n.Spec.Taints = []corev1.Taint{{Key: "node.kubernetes.io/unreachable"}} }, true},
+		"unschedulable": {func(n *corev1.Node) { n.Spec.Unschedulable = true }, true},
+		"being deleted": {func(n *corev1.Node) { n.DeletionTimestamp = &now }, false},
+		"to be deleted": {func(n *corev1.Node) {
+			n.Spec.Taints = []corev1.Taint{{Key: "a"}, {Key: toBeDeleted, Effect: corev1.TaintEffectNoSchedule}}
+		}, false},
+	} {
+		n := node("this", "z")
+		c.change(n)
+		if got := Eligible(n); got != c.want {
+			t.Errorf("%s: %v, want %v", name, got, c.want)
+		}
+	}
+	if !Eligible(nil) {
+		t.Error("a node without an object is not eligible")
 	}
 }

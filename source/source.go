@@ -52,6 +52,8 @@ type Dirty struct {
 	Services []Name // sorted, each once; with slices of theirs that changed. A Service may never have been
 	Pods     []Name // sorted, each once; those that have or had a hostPort
 	Node     bool   // this node's object
+	// Began is when changes of EndpointSlices began, as whoever made them has noted there.
+	Began []time.Time
 }
 
 // LogTo sends what client-go has to say to a log. It knows one for the whole process, so this is main's to call.
@@ -83,6 +85,7 @@ type Objects struct {
 	synced bool
 	told   bool // Next has returned once
 	dirty  map[concern]struct{}
+	began  []time.Time
 }
 
 // concern is what a change concerns.
@@ -141,22 +144,35 @@ func New(w Watches) (*Objects, error) {
 // handler marks as dirty what a change concerns, before it and after it.
 func (o *Objects) handler(concerns func(obj any) (concern, bool)) cache.ResourceEventHandler {
 	return cache.ResourceEventHandlerFuncs{
-		AddFunc: func(obj any) { o.mark(concerns, obj) },
+		AddFunc: func(obj any) { o.mark(concerns, began(obj), obj) },
 		UpdateFunc: func(old, obj any) {
 			if !same(old.(metav1.Object), obj.(metav1.Object)) {
-				o.mark(concerns, old, obj)
+				o.mark(concerns, began(obj), old, obj)
 			}
 		},
 		DeleteFunc: func(obj any) {
 			if unseen, ok := obj.(cache.DeletedFinalStateUnknown); ok {
 				obj = unseen.Obj
 			}
-			o.mark(concerns, obj)
+			o.mark(concerns, time.Time{}, obj) // what it has noted is when it changed last, not when it went
 		},
 	}
 }
 
-func (o *Objects) mark(concerns func(obj any) (concern, bool), objects ...any) {
+// began returns when the change of an EndpointSlice began, the zero time where that is not known.
+func began(obj any) time.Time {
+	s, ok := obj.(*discoveryv1.EndpointSlice)
+	if !ok {
+		return time.Time{}
+	}
+	t, err := time.Parse(time.RFC3339Nano, s.Annotations[corev1.EndpointsLastChangeTriggerTime])
+	if err != nil { // as with none
+		return time.Time{}
+	}
+	return t
+}
+
+func (o *Objects) mark(concerns func(obj any) (concern, bool), began time.Time, objects ...any) {
 	marked := false
 	o.mu.Lock()
 	for _, obj := range objects {
@@ -164,6 +180,9 @@ func (o *Objects) mark(concerns func(obj any) (concern, bool), objects ...any) {
 			o.dirty[c] = struct{}{}
 			marked = true
 		}
+	}
+	if marked && !began.IsZero() {
+		o.began = append(o.began, began)
 	}
 	o.mu.Unlock()
 	if marked {
@@ -244,7 +263,8 @@ func (o *Objects) take() (Dirty, bool) {
 		return Dirty{}, false
 	}
 	o.told = true
-	var d Dirty
+	d := Dirty{Began: o.began}
+	o.began = nil
 	for c := range o.dirty {
 		switch c.of {
 		case aService:
@@ -324,7 +344,9 @@ func trim(obj any) (any, error) {
 		m.SetOwnerReferences(nil)
 		m.SetFinalizers(nil)
 		annotations := m.GetAnnotations()
-		maps.DeleteFunc(annotations, func(key, _ string) bool { return !strings.HasPrefix(key, ours) })
+		maps.DeleteFunc(annotations, func(key, _ string) bool {
+			return !strings.HasPrefix(key, ours) && key != corev1.EndpointsLastChangeTriggerTime
+		})
 		if len(annotations) == 0 {
 			annotations = nil
 		}
@@ -380,10 +402,20 @@ func hostPorts(containers []corev1.Container) []corev1.Container {
 	return slices.Clone(kept[:last]) // a container is large
 }
 
-// same reports whether two states of one object differ in their version only.
+// same reports whether two states of one object differ in their version only, and in what began them.
 func same(old, obj metav1.Object) bool {
 	copied := old.(runtime.Object).DeepCopyObject().(metav1.Object)
 	copied.SetResourceVersion(obj.GetResourceVersion())
 	copied.SetGeneration(obj.GetGeneration())
+	if began, ok := obj.GetAnnotations()[corev1.EndpointsLastChangeTriggerTime]; ok {
+		annotations := copied.GetAnnotations()
+		if annotations == nil {
+			annotations = map[string]string{}
+		}
+		annotations[corev1.EndpointsLastChangeTriggerTime] = began
+		copied.SetAnnotations(annotations)
+	} else {
+		delete(copied.GetAnnotations(), corev1.EndpointsLastChangeTriggerTime)
+	}
 	return equality.Semantic.DeepEqual(copied, obj)
 }

@@ -163,7 +163,7 @@ func run(t *testing.T, before, test func(w *world)) {
 }
 
 // dirty returns what Next does once all is quiet, "blocks" if it does not return: the names of Services,
-// those of Pods as "pod default/a", and "node".
+// those of Pods as "pod default/a", "node", and when changes began.
 func (w *world) dirty() string {
 	synctest.Wait()
 	ctx, cancel := context.WithCancel(w.t.Context())
@@ -196,6 +196,9 @@ func (w *world) dirty() string {
 	}
 	if r.dirty.Node {
 		s = append(s, "node")
+	}
+	for _, t := range r.dirty.Began {
+		s = append(s, t.Format("began 15:04:05.000"))
 	}
 	return strings.Join(s, " ")
 }
@@ -300,6 +303,40 @@ func TestChanges(t *testing.T) {
 		w.expect("default/b default/d")
 		w.has("d", "80")
 		w.has("b", "none")
+	})
+}
+
+// beganAt is a slice with a note of when its last change began.
+func beganAt(s *discoveryv1.EndpointSlice, at string) *discoveryv1.EndpointSlice {
+	s.Annotations = map[string]string{corev1.EndpointsLastChangeTriggerTime: at}
+	return s
+}
+
+// TestBegan: each change of a slice tells once when it began, if that is known; and a note alone is no change.
+func TestBegan(t *testing.T) {
+	run(t, func(w *world) {
+		w.services.set(service("a", 80))
+		w.slices.set(beganAt(slice("a-1", "a", "10.0.0.1"), "2030-01-02T03:04:05.678Z"))
+	}, func(w *world) {
+		w.expect("default/a began 03:04:05.678")
+		w.slices.set(beganAt(slice("a-1", "a", "10.0.0.1"), "2030-01-02T03:04:06Z"))
+		w.expect("blocks")
+		w.slices.set(slice("a-1", "a", "10.0.0.1"))
+		w.expect("blocks")
+		w.slices.set(beganAt(slice("a-1", "a", "10.0.0.1"), "2030-01-02T03:04:06Z"))
+		w.expect("blocks")
+		w.slices.set(beganAt(slice("a-1", "a", "10.0.0.2"), "2030-01-02T03:04:07Z"))
+		w.slices.set(beganAt(slice("a-1", "a", "10.0.0.3"), "2030-01-02T03:04:08.5Z"))
+		w.expect("default/a began 03:04:07.000 began 03:04:08.500")
+		w.slices.set(beganAt(slice("other", "", "10.0.0.2"), "2030-01-02T03:04:09Z")) // of no Service
+		w.slices.set(beganAt(slice("a-1", "a", "10.0.0.4"), "yesterday"))
+		w.expect("default/a")
+		w.services.set(service("a", 81))
+		w.expect("default/a")
+		w.slices.set(beganAt(slice("a-1", "a", "10.0.0.5"), "2030-01-02T03:04:10Z"))
+		w.expect("default/a began 03:04:10.000")
+		w.slices.remove("default/a-1")
+		w.expect("default/a")
 	})
 }
 

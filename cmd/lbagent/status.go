@@ -3,6 +3,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -74,6 +75,14 @@ func showStatus(w io.Writer, s api.Status, now time.Time) {
 			rows = append(rows, []string{u.Device, u.Reason})
 		}
 		section("Devices without programs", rows, "")
+	}
+
+	if len(s.Listeners) > 0 {
+		rows = [][]string{{"SERVER", "ADDRESS", "STATE"}}
+		for _, l := range s.Listeners {
+			rows = append(rows, []string{l.Name, l.Address, cmp.Or(l.Error, "listening")})
+		}
+		section("Servers", rows, "")
 	}
 
 	rows = [][]string{{"MAP", "ENTRIES", "OF", "FULL"}}

@@ -47,7 +47,10 @@ func TestStatusPage(t *testing.T) {
 			{Device: "eth0", Index: 2, Program: "node_in", Method: "tcx"}, {Device: "eth0", Index: 2, Program: "node_out", Method: "tcx"}},
 		NodePortAddresses: []netip.Addr{netip.MustParseAddr("192.0.2.1"), netip.MustParseAddr("2001:db8::1")},
 
-		Uncovered:   []api.Uncovered{{Device: "cni0", Index: 3, Reason: "a bridge without programs"}},
+		Uncovered: []api.Uncovered{{Device: "cni0", Index: 3, Reason: "a bridge without programs"}},
+		Listeners: []api.Listener{{Name: "metrics", Address: "127.0.0.1:10249"},
+			{Name: "healthz", Address: "127.0.0.1:10256", Error: "listen tcp 127.0.0.1:10256: bind: address already in use"},
+			{Name: "health check default/web", Address: "10.0.0.1:32000"}},
 		AttachError: "attach pod_in to veth0: no",
 		Maps:        []api.Map{{Name: "flows", Entries: 4, MaxEntries: 1024}},
 		Reasons:     map[string]uint64{"reply": 10, "forward": 12},
