@@ -378,9 +378,11 @@ __noinline enum claim flow_try(void)
 	claimed = flow_claim(change, &change->u_back);
 	if (claimed != CLAIM_NEW && claimed != CLAIM_JOINED)
 		return claimed;
+	/* A VIP may be its own endpoint: that is no clash, nor is the flow of the same tuple that this one replaces. */
 	other = flow_lookup(FLOWS, &change->u_back, change->now_ns);
 	if ((other && !half_is(other, &change->t_back)) ||
-	    (!identity && tuple_is_key(&change->u, change->now_ns))) {
+	    (!identity && !tuple_equal(&change->u, &change->t) &&
+	     tuple_is_key(&change->u, change->now_ns))) {
 		if (claimed == CLAIM_NEW)
 			bpf_map_delete_elem(&pending, &change->u_back);
 		return CLAIM_TAKEN;

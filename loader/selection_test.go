@@ -1019,3 +1019,21 @@ func TestStatsBesideTraffic(t *testing.T) {
 		t.Errorf("%d packets met a held lock", busy)
 	}
 }
+
+// TestVIPIsItsOwnEndpoint: a NodePort may have the number of an endpoint on this host's network. A flow that moves to
+// it is no clash with what it was.
+func TestVIPIsItsOwnEndpoint(t *testing.T) {
+	for _, f := range families {
+		r := newRig(t)
+		r.service(f)
+		p := testenv.DatagramUDP(f.client, f.vip, "hello")
+		if got := r.choose("node_in", p); got != f.backend.String() {
+			t.Fatalf("%s: it goes to %s", f.name, got)
+		}
+		r.backend(2, 1, f.vip, maps.BackendActive, 1)
+		r.slots(1, 2)
+		r.backend(1, 1, f.backend, maps.BackendRemoved, 2)
+		r.expect("node_in", p.Bytes(), pass, "new_flow", p.Bytes())
+		r.expect("node_in", p.Bytes(), pass, "forward", p.Bytes())
+	}
+}

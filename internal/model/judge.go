@@ -245,7 +245,7 @@ func (w World) counts(s *corev1.Service) bool {
 // addresses is its own affair.
 func (w World) isForeign(addr netip.Addr) bool {
 	return slices.ContainsFunc(w.Services, func(s *corev1.Service) bool {
-		if w.isOurs(s.Labels) || s.Spec.Type == corev1.ServiceTypeExternalName {
+		if w.isOurs(s.Labels) || s.Spec.ClusterIP == "None" || s.Spec.Type == corev1.ServiceTypeExternalName {
 			return false
 		}
 		texts := append(slices.Clone(clusterIPs(s)), s.Spec.ExternalIPs...)
