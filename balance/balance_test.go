@@ -124,7 +124,27 @@ var weightings = map[string]func(i int) uint16{
 	"1, 2, 3":        func(i int) uint16 { return uint16(i%3 + 1) },
 	"primes":         func(i int) uint16 { return []uint16{997, 991, 983, 977}[i%4] },
 	"one is greater": func(i int) uint16 { return uint16(1 + 999*max(0, 1-i)) },
+	"one is less":    func(i int) uint16 { return uint16(1 + 996*min(1, i)) },
 	"some have none": func(i int) uint16 { return uint16(i % 2 * 5) },
+}
+
+// Entries are divided by the largest remainder, after those have one each that would have none.
+func TestRemainders(t *testing.T) {
+	for _, tt := range []struct {
+		weights []int
+		total   int
+		want    []int
+	}{
+		{[]int{1, 2, 4}, 10, []int{1, 3, 6}}, // 1.4, 2.9, 5.7
+		{[]int{1, 1, 1}, 5, []int{2, 2, 1}},
+		{[]int{1, 1000, 1000}, 5, []int{1, 2, 2}},
+		{[]int{1000, 1, 400}, 3, []int{1, 1, 1}},
+		{[]int{100, 90, 1, 900}, 10, []int{1, 1, 1, 7}}, // the second has less than one once the third is lifted
+	} {
+		if got := shares(tt.weights, tt.total); !slices.Equal(got, tt.want) {
+			t.Errorf("%d by %v: %v, want %v", tt.total, tt.weights, got, tt.want)
+		}
+	}
 }
 
 func TestShares(t *testing.T) {

@@ -76,7 +76,9 @@ static __always_inline void *ctx_at(ctx_t *ctx, __u32 offset, __u32 length)
 
 	if (offset > CTX_OFFSET_MAX)
 		return NULL;
-	start += offset;
+	/* Changes nothing: 6.1 forgets the bound where the compiler keeps the offset on the stack as well. */
+	asm volatile("" : "+r"(offset));
+	start += offset & (2 * CTX_OFFSET_MAX - 1);
 	/* One register for the check and the use: the verifier ties the bound to it. */
 	asm volatile("" : "+r"(start));
 	if (start + length > end)

@@ -89,6 +89,9 @@ default/plain/TCP IPv4
   backend 10.0.6.1:80 active cluster local weight=3
   backend 10.0.6.2:80 active
   backend 10.0.6.3:80 active weight=0
+default/turn/TCP IPv4
+  frontend 198.51.100.3:80/TCP LoadBalancer
+  policy external-local
 default/web:http/TCP IPv4
   frontend 10.96.0.2:80/TCP ClusterIP
   frontend 192.0.2.1:30080/TCP NodePort
@@ -98,7 +101,8 @@ default/web:http/TCP IPv4
 `
 
 // A backend and a frontend go, one drains, one comes, a VIP moves, a service goes, one comes. Of two services all but
-// the frontends and the addresses of the backends changes: policy, affinity, source ranges, weights, scopes.
+// the frontends and the addresses of the backends changes: policy, affinity, source ranges, weights, scopes. One gets
+// its first endpoint as its policy goes.
 const after = `
 default/api/TCP IPv4
   frontend 10.96.0.1:443/TCP ClusterIP
@@ -125,6 +129,9 @@ default/plain/TCP IPv4
   backend 10.0.6.3:80 active
   policy internal-local
   sources 192.0.2.0/24
+default/turn/TCP IPv4
+  frontend 198.51.100.3:80/TCP LoadBalancer
+  backend 10.0.7.1:80 active cluster local
 default/web:http/TCP IPv4
   frontend 10.96.0.2:80/TCP ClusterIP
   backend 10.0.1.1:80 draining
@@ -836,12 +843,12 @@ func TestStats(t *testing.T) {
 	g := testRig(t, small)
 	g.r.grace = maps.Grace
 	g.desire(mustParse(t, before))
-	// five services and the prefixes
-	if got, want := g.r.Stats(), (Stats{Pending: 6}); got != want {
+	// six services and the prefixes
+	if got, want := g.r.Stats(), (Stats{Pending: 7}); got != want {
 		t.Errorf("before Apply %+v, want %+v", got, want)
 	}
 	g.mustApply(t)
-	if got, want := g.r.Stats(), (Stats{Services: 5, Frontends: 17, Identities: 12, Backends: 12}); got != want {
+	if got, want := g.r.Stats(), (Stats{Services: 6, Frontends: 19, Identities: 12, Backends: 12}); got != want {
 		t.Errorf("after Apply %+v, want %+v", got, want)
 	}
 	g.desire(nil)
@@ -1062,7 +1069,7 @@ func BenchmarkApply(b *testing.B) {
 			Frontends: []lb.Frontend{{VIP: lb.VIP{Addr: netip.AddrFrom4([4]byte{10, 96, byte(i >> 8), byte(i)}), Port: 80, Protocol: lb.TCP}, Kind: lb.ClusterIP}},
 		}
 		for j := range 4 {
-			svc.Backends = append(svc.Backends, lb.Backend{Addr: netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, byte(j), byte(i >> 8), byte(i)}), uint16(80+change%2)), Cluster: true, Serving: true})
+			svc.Backends = append(svc.Backends, lb.Backend{Addr: netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, byte(j), byte(i >> 8), byte(i)}), uint16(80+change%2)), Cluster: true, Serving: true, Weight: 1})
 		}
 		return svc
 	}

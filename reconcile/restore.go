@@ -241,7 +241,7 @@ func (r *restored) readSlots() {
 func (r *restored) readScope(s *service, scope balance.Scope, slots maps.SlotRange) {
 	switch {
 	case slots == (maps.SlotRange{}):
-	case r.sound(s, scope, slots) && r.slots.take(slots):
+	case r.sound(s, slots) && r.slots.take(slots):
 		s.slots[scope] = slots
 	default:
 		r.log.Warn("a service has slots that cannot be its", "service", s.name, "first", slots.First, "count", slots.Count)
@@ -250,8 +250,8 @@ func (r *restored) readScope(s *service, scope balance.Scope, slots maps.SlotRan
 	}
 }
 
-// sound tells whether a range lies in the map and names backends of the service only that are usable in the scope.
-func (r *restored) sound(s *service, scope balance.Scope, slots maps.SlotRange) bool {
+// sound tells whether a range lies in the map and names backends of the service only.
+func (r *restored) sound(s *service, slots maps.SlotRange) bool {
 	if slots.Count == 0 || uint64(slots.First)+uint64(slots.Count) > uint64(r.sizes.Slots) {
 		return false
 	}
@@ -260,7 +260,7 @@ func (r *restored) sound(s *service, scope balance.Scope, slots maps.SlotRange) 
 			return false
 		}
 		b := r.maps.Backend(id)
-		if s.backends[b.Addr()] != id || b.Life.State != maps.BackendActive || !scope.Has(s.keptBackends[b.Addr()]) {
+		if s.backends[b.Addr()] != id || b.Life.State != maps.BackendActive {
 			return false
 		}
 	}

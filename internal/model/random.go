@@ -67,7 +67,6 @@ var (
 	targetPorts    = []int32{8080, 8081, 80, 30001}
 	servicePrefix4 = netip.MustParsePrefix("10.96.0.0/24")
 	servicePrefix6 = netip.MustParsePrefix("fd00:96::/112")
-	nodes          = []string{"here", "there", "yonder"}
 	zones          = []string{"a", "b", ""}
 )
 
@@ -79,14 +78,11 @@ func addrs(all ...string) (list []netip.Addr) {
 }
 
 // random makes worlds.
-type random struct {
-	*rand.Rand
-	now int64 // age of the next object
-}
+type random struct{ *rand.Rand }
 
 // Random returns a world and what happens in it, the same for the same numbers.
 func Random(seed, number uint64, packets int) (World, []Step) {
-	r := &random{Rand: rand.New(rand.NewPCG(seed, number))}
+	r := &random{rand.New(rand.NewPCG(seed, number))}
 	w := r.world()
 	var steps []Step
 	current := w
