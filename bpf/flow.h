@@ -378,9 +378,11 @@ __noinline enum claim flow_try(void)
 	claimed = flow_claim(change, &change->u_back);
 	if (claimed != CLAIM_NEW && claimed != CLAIM_JOINED)
 		return claimed;
+	/* A VIP may be its own endpoint: that is no clash, nor is the flow of the same tuple that this one replaces. */
 	other = flow_lookup(FLOWS, &change->u_back, change->now_ns);
 	if ((other && !half_is(other, &change->t_back)) ||
-	    (!identity && tuple_is_key(&change->u, change->now_ns))) {
+	    (!identity && !tuple_equal(&change->u, &change->t) &&
+	     tuple_is_key(&change->u, change->now_ns))) {
 		if (claimed == CLAIM_NEW)
 			bpf_map_delete_elem(&pending, &change->u_back);
 		return CLAIM_TAKEN;
@@ -467,6 +469,7 @@ __noinline enum reason flow_choose(__u32 hash)
 		return REASON_SOURCE_DENIED;
 	scope = policy_scope(policy, kind, change->flags & CHANGE_OUTSIDE);
 	if (policy.affinity_timeout_s) {
+		change->flags |= CHANGE_AFFINITY;
 		hash = client_hash(key.service, key.client);
 		id = affinity_find(&key, policy.affinity_timeout_s, scope, change->now_ns);
 	}
@@ -477,11 +480,23 @@ __noinline enum reason flow_choose(__u32 hash)
 			return REASON_NO_LOCAL_BACKEND;
 		if (!id)
 			return REASON_NO_BACKEND;
-		if (policy.affinity_timeout_s)
-			affinity_write(&key, id, change->now_ns);
 	}
 	change->backend = id;
 	return REASON_NONE;
+}
+
+/* affinity_note remembers the backend of a flow that has begun. A segment that begins none changes nothing. */
+__noinline int affinity_note(void)
+{
+	struct change *change = change_begin();
+	struct affinity_key key = {};
+
+	if (!change)
+		return 0;
+	key.service = change->frontend.service;
+	__builtin_memcpy(key.client, change->t.source, ADDRESS_LENGTH);
+	affinity_write(&key, change->backend, change->now_ns);
+	return 0;
 }
 
 static __always_inline enum reason flow_open_locked(struct change *change)
@@ -601,6 +616,9 @@ __noinline enum reason flow_open(void)
 		return REASON_LOCK_BUSY;
 	reason = flow_open_locked(change);
 	lock_release(change->lock);
+	if (change->flags & CHANGE_AFFINITY &&
+	    (reason == REASON_NEW_FLOW || reason == REASON_NEW_DIRECT))
+		affinity_note();
 	change_count(change, reason);
 	return reason;
 }

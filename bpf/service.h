@@ -177,14 +177,13 @@ static __always_inline __u32 range_select(struct slot_range range, __u32 hash)
 	return id ? *id : 0;
 }
 
-/* affinity_find returns the backend that a client of a service has, and notes that it is used; 0 where it has
- * none, or one that no new flow may choose in this scope. The element may become another client's while it is
- * read. So its id is read once, and whatever it says is held against the backend: at worst the client gets another
- * one of this service. */
+/* affinity_find returns the backend that a client of a service has; 0 where it has none, or one that no new flow may
+ * choose in this scope. The element may become another client's while it is read. So its id is read once, and
+ * whatever it says is held against the backend: at worst the client gets another one of this service. */
 static __always_inline __u32 affinity_find(const struct affinity_key *key, __u32 timeout_s,
 					   __u8 scope, __u64 now)
 {
-	struct affinity *element = bpf_map_lookup_elem(&affinity, key);
+	const struct affinity *element = bpf_map_lookup_elem(&affinity, key);
 	const struct backend *backend;
 	struct backend_life life;
 	__u32 id;
@@ -204,7 +203,6 @@ static __always_inline __u32 affinity_find(const struct affinity_key *key, __u32
 	    backend->service != key->service || life.port != element->port ||
 	    !address_equal(backend->address, element->address))
 		return 0;
-	element->last_used_ns = now;
 	return id;
 }
 

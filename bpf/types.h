@@ -318,6 +318,8 @@ enum change_flags {
 	CHANGE_IN_FLOWS = 32, /* flow_restore: the other half is in `flows` */
 	CHANGE_OUTSIDE = 64, /* the packet that makes it is not from this node */
 	CHANGE_BACK = 128, /* hairpin: u is sent back, and so is what comes in answer */
+	CHANGE_AFFINITY =
+		256, /* if the flow begins, its client is to have the same backend from now on */
 };
 
 /* ---- devices ---- */

@@ -477,6 +477,23 @@ func TestAffinityAndScope(t *testing.T) {
 	}
 }
 
+// A packet that begins no flow makes no record, and none younger.
+func TestAffinityOfRefused(t *testing.T) {
+	for _, f := range families {
+		r := affine(t, f)
+		r.choose("pod_in", opening(lb.TCP, f.client, f.vip))
+		r.remember(func(a *maps.Affinity) { a.LastUsedNs -= uint64(time.Second) })
+		before := r.remembered()
+		clash := testenv.SegmentTCP(f.client, f.other, testenv.ACK)
+		if got := r.run("node_in", clash.Bytes()); got.Reason != "tuple_taken" {
+			t.Errorf("%s: a segment in mid-stream that clashes: %s", f.name, got.Reason)
+		}
+		if diff := cmp.Diff(before, r.remembered()); diff != "" {
+			t.Errorf("%s: it began no flow, and what is remembered is another (-before +after):\n%s", f.name, diff)
+		}
+	}
+}
+
 // TestAffinitySwitched: off, nothing is read or written; on again, what was remembered counts.
 func TestAffinitySwitched(t *testing.T) {
 	for _, f := range families {
@@ -1000,5 +1017,23 @@ func TestStatsBesideTraffic(t *testing.T) {
 		PacketsOut: want.PacketsOut, BytesOut: want.BytesOut}, map[uint32]maps.BackendStats{1: want})
 	if busy > rounds*clients/100 {
 		t.Errorf("%d packets met a held lock", busy)
+	}
+}
+
+// TestVIPIsItsOwnEndpoint: a NodePort may have the number of an endpoint on this host's network. A flow that moves to
+// it is no clash with what it was.
+func TestVIPIsItsOwnEndpoint(t *testing.T) {
+	for _, f := range families {
+		r := newRig(t)
+		r.service(f)
+		p := testenv.DatagramUDP(f.client, f.vip, "hello")
+		if got := r.choose("node_in", p); got != f.backend.String() {
+			t.Fatalf("%s: it goes to %s", f.name, got)
+		}
+		r.backend(2, 1, f.vip, maps.BackendActive, 1)
+		r.slots(1, 2)
+		r.backend(1, 1, f.backend, maps.BackendRemoved, 2)
+		r.expect("node_in", p.Bytes(), pass, "new_flow", p.Bytes())
+		r.expect("node_in", p.Bytes(), pass, "forward", p.Bytes())
 	}
 }
