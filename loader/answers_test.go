@@ -215,6 +215,8 @@ func TestNotAnswered(t *testing.T) {
 				})
 			}
 		}
+		r.t = t
+		r.address(f.vip.Addr(), maps.AddressClusterIP)
 		// Hosts, though they may look like none of them.
 		near := []string{"128.0.0.1", "223.255.255.255", "126.255.255.255", "1.0.0.0", "240.0.0.1", "10.255.255.255", "255.255.255.254"}
 		if f.name == "v6" {

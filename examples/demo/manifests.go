@@ -20,19 +20,15 @@ func examples() (string, error) {
 	return filepath.Join(filepath.Dir(strings.TrimSpace(string(out))), "examples"), nil
 }
 
-// copyManifests copies the manifests of one folder to another.
+// copyManifests copies the manifests that the demo edits from one folder to another.
 func copyManifests(from, to string) error {
-	files, err := filepath.Glob(filepath.Join(from, "*.yaml"))
-	if err != nil || len(files) == 0 {
-		return fmt.Errorf("there are no manifests in %s", from)
-	}
 	if err := os.Mkdir(to, 0o755); err != nil {
 		return err
 	}
-	for _, f := range files {
-		text, err := os.ReadFile(f)
+	for _, name := range []string{"echo.yaml", "web.yaml"} {
+		text, err := os.ReadFile(filepath.Join(from, name))
 		if err == nil {
-			err = os.WriteFile(filepath.Join(to, filepath.Base(f)), text, 0o644)
+			err = os.WriteFile(filepath.Join(to, name), text, 0o644)
 		}
 		if err != nil {
 			return err
