@@ -196,10 +196,16 @@ static __always_inline int ingress(ctx_t *ctx, enum device_role device)
 		if (hairpin && !flow)
 			return verdict(REASON_NO_HAIRPIN, VERDICT_DROP);
 		if (!frontend.kind && !hairpin) {
-			if (!flow || flow->hook == AT_INGRESS)
+			if (!flow)
 				return ingress_stranger(ctx, &pkt, reason);
-			to = flow->to;
-			return detour(ctx, &pkt, flow, &to);
+			if (flow->hook != AT_INGRESS) {
+				to = flow->to;
+				return detour(ctx, &pkt, flow, &to);
+			}
+			/* To a client that has been answered its connection is there, and goes on without
+			 * the Service, as those in `flows` do. */
+			if (pkt.tuple.protocol != PROTOCOL_TCP || pkt_is_syn(&pkt))
+				return ingress_stranger(ctx, &pkt, reason);
 		}
 	}
 	if (!flow)
