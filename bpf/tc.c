@@ -243,7 +243,7 @@ static __always_inline int ingress(ctx_t *ctx, enum device_role device)
 		flow->generation = life.generation;
 	}
 	if (life.state == BACKEND_REMOVED && pkt.tuple.protocol == PROTOCOL_TCP &&
-	    flow_is_silent(&pkt, flow, &to, table, now)) {
+	    !(pkt.tcp_flags & TCP_RST) && flow_is_silent(&pkt, flow, &to, table, now)) {
 		flow_break(&pkt.tuple, &to, now);
 		return verdict(REASON_SILENT_BACKEND, reset_answer(ctx, &pkt));
 	}
