@@ -193,7 +193,7 @@ static __always_inline int ingress(ctx_t *ctx, enum device_role device)
 			return verdict(REASON_NO_SERVICE, VERDICT_PASS);
 		table = PENDING;
 		flow = flow_lookup(PENDING, &pkt.tuple, now);
-		if (hairpin && !flow)
+		if (hairpin && (!flow || flow->hook == AT_NONE))
 			return verdict(REASON_NO_HAIRPIN, VERDICT_DROP);
 		if (!frontend.kind && !hairpin) {
 			if (!flow)

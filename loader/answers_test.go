@@ -215,6 +215,8 @@ func TestNotAnswered(t *testing.T) {
 				})
 			}
 		}
+		r.t = t
+		r.address(f.vip.Addr(), maps.AddressClusterIP)
 		// Hosts, though they may look like none of them.
 		near := []string{"128.0.0.1", "223.255.255.255", "126.255.255.255", "1.0.0.0", "240.0.0.1", "10.255.255.255", "255.255.255.254"}
 		if f.name == "v6" {
@@ -818,6 +820,22 @@ func TestHairpinAmongOthers(t *testing.T) {
 		back := testenv.DatagramUDP(f.backend, h.as, "hello")
 		h.expect("pod_in", back.Bytes(), pass, "other_hook", back.Bytes())
 	}
+}
+
+// TestHairpinClaim: an answer that comes while another CPU makes its flow anew, and has the reply half claimed and no
+// more, does not reach the host's stack.
+func TestHairpinClaim(t *testing.T) {
+	eachHairpin(t, func(t *testing.T, h *hairpin) {
+		h.up(syn, 1000, 0, "new_flow")
+		key := tuple(h.backend, h.as, h.protocol)
+		var half maps.Flow
+		h.must(h.maps.All()["pending"].Lookup(key, &half))
+		half.Hook = 0
+		h.must(h.maps.All()["pending"].Put(key, half))
+		p := h.packet(h.backend, h.as, synAck, 5000, 1001)
+		h.keepMAC = false
+		h.expect(h.program, p.Bytes(), drop, "no_hairpin", nil)
+	})
 }
 
 // TestHairpinAddress: what is sent to the hairpin address and is no answer goes nowhere; another node's is passed by.
