@@ -57,13 +57,12 @@ static __always_inline bool icmp_allowed(void)
 
 /* icmp_error turns a packet into the ICMP error about it, ready to be sent back by the device that it came by.
  * It quotes the IP header with its options or extension headers and the whole transport header, of ICMP its
- * first 8 bytes. `rest` is the second word of the ICMP header, in network order. The error comes from the
- * address that the packet was sent to: that is what answers where a port is unreachable, and where a hairpin
- * packet's time is exceeded it is the only address of ours that the pod is known to reach by this device, which
- * mostly has none of its own.
+ * first 8 bytes. The error comes from the address that the packet was sent to: that is what answers where a port is
+ * unreachable, and where a hairpin packet's time is exceeded it is the only address of ours that the pod is known to
+ * reach by this device, which mostly has none of its own.
  *
  * Returns why there is none, and the packet may be spoilt then; REASON_NONE: it is the error. */
-__noinline enum reason icmp_error(ctx_t *ctx, struct pkt *pkt, __u32 type, __u32 code, __be32 rest)
+__noinline enum reason icmp_error(ctx_t *ctx, struct pkt *pkt, __u32 type, __u32 code)
 {
 	__u32 l3, l4, end, check, stop, grown, length, source[4], destination[4];
 	struct icmp_header *icmp;
@@ -137,7 +136,7 @@ __noinline enum reason icmp_error(ctx_t *ctx, struct pkt *pkt, __u32 type, __u32
 	icmp->type = type;
 	icmp->code = code;
 	icmp->checksum = 0;
-	icmp->rest = rest;
+	icmp->rest = 0;
 
 	/* A quoted checksum that the device is to finish (CHECKSUM_PARTIAL) holds the pseudo header's sum now, and
 	 * is finished after this, by the kernel or the device, over what is quoted: the transport header will then
@@ -170,13 +169,13 @@ __noinline enum reason icmp_error(ctx_t *ctx, struct pkt *pkt, __u32 type, __u32
 static __always_inline enum reason icmp_port_unreachable(ctx_t *ctx, struct pkt *pkt)
 {
 	if (pkt->family == 4)
-		return icmp_error(ctx, pkt, ICMP_UNREACHABLE, ICMP_UNREACHABLE_PORT, 0);
-	return icmp_error(ctx, pkt, ICMPV6_UNREACHABLE, ICMPV6_UNREACHABLE_PORT, 0);
+		return icmp_error(ctx, pkt, ICMP_UNREACHABLE, ICMP_UNREACHABLE_PORT);
+	return icmp_error(ctx, pkt, ICMPV6_UNREACHABLE, ICMPV6_UNREACHABLE_PORT);
 }
 
 static __always_inline enum reason icmp_time_exceeded(ctx_t *ctx, struct pkt *pkt)
 {
-	return icmp_error(ctx, pkt, pkt->family == 4 ? ICMP_TIME_EXCEEDED : ICMPV6_TIME_EXCEEDED, 0,
+	return icmp_error(ctx, pkt, pkt->family == 4 ? ICMP_TIME_EXCEEDED : ICMPV6_TIME_EXCEEDED,
 			  0);
 }
 

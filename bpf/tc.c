@@ -193,13 +193,19 @@ static __always_inline int ingress(ctx_t *ctx, enum device_role device)
 			return verdict(REASON_NO_SERVICE, VERDICT_PASS);
 		table = PENDING;
 		flow = flow_lookup(PENDING, &pkt.tuple, now);
-		if (hairpin && !flow)
+		if (hairpin && (!flow || flow->hook == AT_NONE))
 			return verdict(REASON_NO_HAIRPIN, VERDICT_DROP);
 		if (!frontend.kind && !hairpin) {
-			if (!flow || flow->hook == AT_INGRESS)
+			if (!flow)
 				return ingress_stranger(ctx, &pkt, reason);
-			to = flow->to;
-			return detour(ctx, &pkt, flow, &to);
+			if (flow->hook != AT_INGRESS) {
+				to = flow->to;
+				return detour(ctx, &pkt, flow, &to);
+			}
+			/* To a client that has been answered its connection is there, and goes on without
+			 * the Service, as those in `flows` do. */
+			if (pkt.tuple.protocol != PROTOCOL_TCP || pkt_is_syn(&pkt))
+				return ingress_stranger(ctx, &pkt, reason);
 		}
 	}
 	if (!flow)
@@ -237,7 +243,7 @@ static __always_inline int ingress(ctx_t *ctx, enum device_role device)
 		flow->generation = life.generation;
 	}
 	if (life.state == BACKEND_REMOVED && pkt.tuple.protocol == PROTOCOL_TCP &&
-	    flow_is_silent(&pkt, flow, &to, table, now)) {
+	    !(pkt.tcp_flags & TCP_RST) && flow_is_silent(&pkt, flow, &to, table, now)) {
 		flow_break(&pkt.tuple, &to, now);
 		return verdict(REASON_SILENT_BACKEND, reset_answer(ctx, &pkt));
 	}

@@ -822,6 +822,22 @@ func TestHairpinAmongOthers(t *testing.T) {
 	}
 }
 
+// TestHairpinClaim: an answer that comes while another CPU makes its flow anew, and has the reply half claimed and no
+// more, does not reach the host's stack.
+func TestHairpinClaim(t *testing.T) {
+	eachHairpin(t, func(t *testing.T, h *hairpin) {
+		h.up(syn, 1000, 0, "new_flow")
+		key := tuple(h.backend, h.as, h.protocol)
+		var half maps.Flow
+		h.must(h.maps.All()["pending"].Lookup(key, &half))
+		half.Hook = 0
+		h.must(h.maps.All()["pending"].Put(key, half))
+		p := h.packet(h.backend, h.as, synAck, 5000, 1001)
+		h.keepMAC = false
+		h.expect(h.program, p.Bytes(), drop, "no_hairpin", nil)
+	})
+}
+
 // TestHairpinAddress: what is sent to the hairpin address and is no answer goes nowhere; another node's is passed by.
 func TestHairpinAddress(t *testing.T) {
 	for _, f := range families {

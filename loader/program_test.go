@@ -915,10 +915,10 @@ func TestGeneration(t *testing.T) {
 						r.must(r.maps.DeleteFrontend(maps.KeyOf(lb.VIP{Addr: f.vip.Addr(), Port: f.vip.Port(), Protocol: p})))
 					}
 					r.must(r.maps.SetBackendLife(1, life(maps.BackendActive, 2)))
-					r.expect("node_in", udp.Bytes(), drop, "wrong_port", nil)
-					if assured {
-						c.send(testenv.ACK, "forward")
+					if got := r.run("node_in", udp.Bytes()); got.Verdict != sentBack || got.Reason != "wrong_port" {
+						t.Errorf("%d, %s", int32(got.Verdict), got.Reason)
 					}
+					c.send(testenv.ACK, "forward")
 				},
 			} {
 				t.Run(fmt.Sprintf("%s/assured %v/%s", f.name, assured, name), test)
@@ -1360,6 +1360,12 @@ func TestSilentBackend(t *testing.T) {
 			c.answer(testenv.ACK)
 			c.r.age(2 * moment)
 			data(c)
+		})
+		t.Run(f.name+"/the client gives up", func(t *testing.T) {
+			c := begin(t)
+			data(c)
+			c.r.age(silentBackend + moment)
+			c.send(testenv.RST|testenv.ACK, "forward") // a reset is answered by none
 		})
 		t.Run(f.name+"/a FIN is left unanswered", func(t *testing.T) {
 			c := begin(t)

@@ -698,6 +698,54 @@ func TestFlowsBeforePrefixes(t *testing.T) {
 	}
 }
 
+// TestServiceGoesInHandshake: a Service goes when its client has been answered, and before that has spoken again. To the
+// client the connection is there, so it goes on; a SYN and a datagram follow the new state.
+func TestServiceGoesInHandshake(t *testing.T) {
+	for _, f := range families {
+		for name, c := range map[string]struct {
+			assigned bool // another port of the address is a Service's still
+			verdict  uint32
+			reason   string
+		}{
+			"its address too": {false, drop, "unassigned"},
+			"its port":        {true, sentBack, "wrong_port"},
+		} {
+			for _, program := range []string{"node_in", "pod_in", "port_in"} {
+				t.Run(f.name+"/"+name+"/"+program, func(t *testing.T) {
+					r := newRig(t)
+					r.service(f)
+					r.must(r.maps.SetServicePrefixes([]netip.Prefix{netip.PrefixFrom(f.vip.Addr(), f.vip.Addr().BitLen()-8)}, false))
+					udp := opening(lb.UDP, f.client, f.vip)
+					r.choose(program, udp)
+					c1 := r.talk(f)
+					c1.send(testenv.SYN, "new_flow")
+					syn := c1.segment(testenv.SYN)
+					syn.Seq--
+					c1.answer(testenv.SYN | testenv.ACK)
+					for _, p := range []lb.Protocol{lb.TCP, lb.UDP} {
+						r.must(r.maps.DeleteFrontend(maps.KeyOf(lb.VIP{Addr: f.vip.Addr(), Port: f.vip.Port(), Protocol: p})))
+					}
+					if !c.assigned {
+						r.must(r.maps.DeleteFrontend(maps.KeyOf(lb.VIP{Addr: f.vip.Addr()})))
+					}
+					for _, p := range []testenv.Packet{udp, syn} {
+						if got := r.run(program, p.Bytes()); got.Verdict != c.verdict || got.Reason != c.reason {
+							t.Errorf("%s: %d, %s", testenv.Describe(p.Bytes()), int32(got.Verdict), got.Reason)
+						}
+					}
+					ack := c1.segment(testenv.ACK)
+					out := ack
+					out.Destination = f.backend
+					r.expect(program, ack.Bytes(), pass, "forward", out.Bytes())
+					if _, in := r.flow(f.client, f.vip, lb.TCP); in != "flows" {
+						t.Errorf("after the handshake the flow is in %q", in)
+					}
+				})
+			}
+		}
+	}
+}
+
 // sweepAll hands every entry of both tables to the sweeper.
 func (r *rig) sweepAll() {
 	r.t.Helper()

@@ -396,6 +396,11 @@ func expected(in input) string {
 	for addr := range in.foreign {
 		address(addr, 0)
 	}
+	for _, addr := range in.host {
+		if within(in.prefixes, addr) {
+			address(addr, 0)
+		}
+	}
 	for name, svc := range in.services {
 		id := uint32(len(c.names) + 1)
 		c.names[id] = name

@@ -214,24 +214,19 @@ func (r *Reconciler) SetForeign(changed map[netip.Addr]bool) {
 }
 
 // SetHostAddresses records all addresses that this node has: what is sent to one of them, and not to a frontend
-// there, is left alone though it is a Service's address too. It comes before the first Apply.
+// there, is left alone though it is a Service's address too, or in a service prefix. It comes before the first Apply.
 func (r *Reconciler) SetHostAddresses(all []netip.Addr) {
 	before := r.hostAddresses
 	r.hostAddresses = make(map[netip.Addr]struct{}, len(all))
-	changed := func(addr netip.Addr) {
-		if _, ok := r.vips[addr]; ok {
-			r.addresses[addr] = struct{}{}
-		}
-	}
 	for _, addr := range all {
 		r.hostAddresses[addr] = struct{}{}
 		if _, ok := before[addr]; !ok {
-			changed(addr)
+			r.addresses[addr] = struct{}{}
 		}
 	}
 	for addr := range before {
 		if _, ok := r.hostAddresses[addr]; !ok {
-			changed(addr)
+			r.addresses[addr] = struct{}{}
 		}
 	}
 }
@@ -253,6 +248,9 @@ func (r *Reconciler) SetPrefixes(all []netip.Prefix) error {
 		if at.clusterIPs > 0 && !within(sorted, addr) {
 			r.elsewhere++
 		}
+	}
+	for addr := range r.hostAddresses {
+		r.addresses[addr] = struct{}{}
 	}
 	return nil
 }
@@ -447,8 +445,7 @@ func (r *Reconciler) Apply() error {
 		}
 	}
 	for addr := range r.addresses {
-		_, foreign := r.foreign[addr]
-		if _, there := r.frontends[addressVIP(addr)]; !there && foreign {
+		if _, there := r.frontends[addressVIP(addr)]; !there && r.leftAlone(addr) {
 			reserved[addressVIP(addr)] = struct{}{}
 		}
 	}
@@ -1091,16 +1088,23 @@ func (r *Reconciler) writeAddress(addr netip.Addr, at vipAt) error {
 	return r.putFrontend(vip, want)
 }
 
-// fixAddresses makes those addresses known that are some Service's, or another proxy's, and no others.
+// leftAlone tells whether an address that is no Service's of ours is known all the same: as another proxy's VIP, or
+// as this node's own in a prefix.
+func (r *Reconciler) leftAlone(addr netip.Addr) bool {
+	_, foreign := r.foreign[addr]
+	_, own := r.hostAddresses[addr]
+	return foreign || own && within(r.prefixes, addr)
+}
+
+// fixAddresses makes those addresses known that are some Service's, or to be left alone, and no others.
 func (r *Reconciler) fixAddresses() error {
 	var errs []error
 	for _, addr := range sorted(r.addresses, netip.Addr.Compare) {
 		var err error
 		at, ours := r.vips[addr]
-		_, foreign := r.foreign[addr]
 		f, there := r.frontends[addressVIP(addr)]
 		switch {
-		case ours || foreign:
+		case ours || r.leftAlone(addr):
 			err = r.writeAddress(addr, at)
 		case there && !f.kept:
 			err = r.deleteFrontend(addressVIP(addr))
