@@ -43,7 +43,7 @@ enum frontend_kind {
 } __one_byte;
 
 /* What is known of an address itself, of KIND_ADDRESS. None of them: it is another proxy's VIP, or an address
- * of this node, and what is not sent to a frontend of it is left alone. */
+ * of this node that is a VIP too or in a service prefix, and what is not sent to a frontend of it is left alone. */
 enum address_flags {
 	ADDRESS_CLUSTER_IP = 1, /* a ClusterIP: what is sent to another port is rejected */
 	ADDRESS_ECHO = 2, /* a service here has a usable endpoint: echo requests are answered */
