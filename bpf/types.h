@@ -42,8 +42,8 @@ enum frontend_kind {
 	KIND_ADDRESS, /* port 0, PROTOCOL_ANY: this address is some Service's, and its flags say more */
 } __one_byte;
 
-/* What is known of an address itself, of KIND_ADDRESS. None of them: it is another proxy's VIP, or an address
- * of this node that is a VIP too or in a service prefix, and what is not sent to a frontend of it is left alone. */
+/* What is known of an address itself, of KIND_ADDRESS. None of them: it is another proxy's VIP, or an address of
+ * this node that is a VIP too or in a service prefix, and what is not sent to a frontend of it is left alone. */
 enum address_flags {
 	ADDRESS_CLUSTER_IP = 1, /* a ClusterIP: what is sent to another port is rejected */
 	ADDRESS_ECHO = 2, /* a service here has a usable endpoint: echo requests are answered */
