@@ -91,7 +91,7 @@ func Run(ctx context.Context, c Config) (err error) {
 	}
 
 	a := &agent{
-		config: c, nodePorts: flags.nodePorts, started: time.Now(), maps: m, folder: folder, objects: objects,
+		config: c, flags: flags, started: time.Now(), maps: m, folder: folder, objects: objects,
 		table: resolve.NewTable(resolve.Options{ExternalIPsAllow: flags.externalIPsAllow}), reconciler: reconciler, programs: programs,
 		dirty: make(chan source.Dirty), shows: make(chan show), hosts: make(chan node.Snapshot), host: host.Snapshot(),
 		sweepBegins: make(chan struct{}), sweepEnds: make(chan walk),

@@ -343,3 +343,23 @@ func TestPrefixes(t *testing.T) {
 		t.Errorf("service prefixes %v, elsewhere %v", prefixes, elsewhere)
 	}
 }
+
+// A prefix of cluster IPs that holds pods is a mistake, since what is sent to them is dropped there; one that holds
+// the node's own addresses does no harm.
+func TestPrefixWithPods(t *testing.T) {
+	var pods netip.Prefix
+	s := newEverywhere(t, func(s *site) {
+		pods = netip.PrefixFrom(s.Backends[0].IPv4, 24).Masked()
+		s.config.ServiceCIDRs = []string{testenv.ServiceCIDR4, testenv.ServiceCIDR6, pods.String(), "192.0.2.0/24"}
+	})
+	s.eventually(func(status api.Status) string {
+		if len(status.Problems) == 1 {
+			p := status.Problems[0]
+			if p.Field == "--service-cluster-ip-range" && p.Severity == "warning" && strings.HasPrefix(p.Message, pods.String()+" overlaps ") {
+				return ""
+			}
+		}
+		return fmt.Sprintf("problems: %v", status.Problems)
+	})
+	s.closed(false, "192.0.2.1")
+}

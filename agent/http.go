@@ -115,7 +115,7 @@ func (a *agent) setChecks() {
 	addresses := slices.Clone(a.here.NodePorts)
 	for _, local := range a.host.Addresses { // a host without IPv6 has one
 		addr := local.Prefix.Addr()
-		if a.nodePorts.Localhost && (addr == netip.AddrFrom4([4]byte{127, 0, 0, 1}) || addr == netip.IPv6Loopback()) {
+		if a.flags.nodePorts.Localhost && (addr == netip.AddrFrom4([4]byte{127, 0, 0, 1}) || addr == netip.IPv6Loopback()) {
 			addresses = append(addresses, addr)
 		}
 	}

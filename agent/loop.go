@@ -33,9 +33,9 @@ const maxBegan = 4096
 // agent is what is between the stages. All of it belongs to the goroutine of run, but for what is said to
 // be another's and what [agent.Status] says it reads.
 type agent struct {
-	config    Config
-	nodePorts node.NodePorts // --nodeport-addresses
-	started   time.Time
+	config  Config
+	flags   values // of config
+	started time.Time
 
 	maps       *maps.Maps
 	folder     *manifest.Folder
@@ -74,11 +74,15 @@ type agent struct {
 	host        node.Snapshot
 	here        resolve.Host // what the table knows of the host and of its object
 	elsewhere   []netip.Addr // those addresses of its object that the host does not have
+	overlaps    []overlap
 	attached    []loader.Attached
 	uncovered   []node.Uncovered
 	attachError string
 	attachRetry retry
 }
+
+// overlap is a prefix of cluster IPs with pods of this host in it.
+type overlap struct{ prefix, pods netip.Prefix }
 
 // run brings changes into the maps and programs onto devices until ctx ends; it returns nil then. A failure
 // is logged and tried again, later each time; what is in force stays in force.
@@ -158,11 +162,11 @@ func (a *agent) setHost() bool {
 	known := source.AddressesOf(object)
 	here := resolve.Host{
 		Name: a.config.NodeName, Zone: source.ZoneOf(object), Addresses: a.host.OwnAddresses(),
-		NodePorts: node.NodePortAddresses(a.host, a.nodePorts, known),
+		NodePorts: node.NodePortAddresses(a.host, a.flags.nodePorts, known),
 		PodRoutes: node.PodRoutes(a.host, a.config.Devices),
 	}
 	a.elsewhere = nil
-	if a.nodePorts.Primary {
+	if a.flags.nodePorts.Primary {
 		a.elsewhere = slices.DeleteFunc(known, func(addr netip.Addr) bool { return slices.Contains(here.Addresses, addr) })
 	}
 	if here.Name == a.here.Name && here.Zone == a.here.Zone && slices.Equal(here.Addresses, a.here.Addresses) &&
@@ -170,9 +174,20 @@ func (a *agent) setHost() bool {
 		return false
 	}
 	a.here = here
+	a.overlaps = overlapsOf(a.flags.serviceCIDRs, here.PodRoutes)
 	a.take(a.table.SetHost(here))
 	a.reconciler.SetHostAddresses(here.Addresses)
 	return true
+}
+
+// overlapsOf returns of each prefix that holds pods one such overlap.
+func overlapsOf(prefixes, podRoutes []netip.Prefix) (all []overlap) {
+	for _, p := range prefixes {
+		if i := slices.IndexFunc(podRoutes, p.Overlaps); i >= 0 {
+			all = append(all, overlap{p, podRoutes[i]})
+		}
+	}
+	return all
 }
 
 // take hands on what the table says has changed.

@@ -25,6 +25,13 @@ func (a *agent) publish() {
 			Message: fmt.Sprintf("%s is not an address of this host: NodePorts are not served there", addr),
 		})
 	}
+	for _, o := range a.overlaps {
+		problems = append(problems, lb.Problem{
+			Field: "--service-cluster-ip-range", Severity: lb.Warning,
+			Message: fmt.Sprintf("%s overlaps %s, where pods of this host are: what is sent straight to them there is dropped, as to an address that no Service has",
+				o.prefix, o.pods),
+		})
+	}
 	for i := range problems {
 		problems[i].File, problems[i].Document = a.folder.FileOf(problems[i].Object)
 	}

@@ -13,6 +13,8 @@
 #define ADDRESS_LENGTH 16
 #define MAC_LENGTH 6
 #define NAME_LENGTH 64 /* a DNS label (RFC 1123) and its final zero */
+#define OBJECT_NAME_LENGTH                                                                         \
+	256 /* a DNS subdomain, of 253 characters at most, as a Pod's name may be */
 
 /* The version of all layouts below, kept in map `record`. Raise it with every change of a layout. */
 #define LAYOUT_VERSION 4
@@ -40,8 +42,8 @@ enum frontend_kind {
 	KIND_ADDRESS, /* port 0, PROTOCOL_ANY: this address is some Service's, and its flags say more */
 } __one_byte;
 
-/* What is known of an address itself, of KIND_ADDRESS. None of them: it is another proxy's VIP, or an address
- * of this node, and what is not sent to a frontend of it is left alone. */
+/* What is known of an address itself, of KIND_ADDRESS. None of them: it is another proxy's VIP, or an address of
+ * this node that is a VIP too or in a service prefix, and what is not sent to a frontend of it is left alone. */
 enum address_flags {
 	ADDRESS_CLUSTER_IP = 1, /* a ClusterIP: what is sent to another port is rejected */
 	ADDRESS_ECHO = 2, /* a service here has a usable endpoint: echo requests are answered */
@@ -97,14 +99,14 @@ _Static_assert(sizeof(struct service) == 24, "no padding");
 /* The name of a service, for people and for the agent that finds it after a restart. */
 struct service_name {
 	char namespace[NAME_LENGTH];
-	char name[NAME_LENGTH];
+	char name[OBJECT_NAME_LENGTH];
 	char port[NAME_LENGTH]; /* name of the Service port; "" where it has none */
 	enum protocol protocol;
 	__u8 family; /* 4 or 6 */
 	__u8 pod; /* 1: `name` is a Pod's, and `port` its hostPort, behind its hostIP where it has one */
 	__u8 pad;
 };
-_Static_assert(sizeof(struct service_name) == 196, "no padding");
+_Static_assert(sizeof(struct service_name) == 388, "no padding");
 
 enum backend_state {
 	BACKEND_FREE, /* never used, or no flow names it any more; its generation stays */

@@ -277,7 +277,7 @@ const (
 type bpfServiceName struct {
 	_         structs.HostLayout
 	Namespace [64]int8
-	Name      [64]int8
+	Name      [256]int8
 	Port      [64]int8
 	Protocol  bpfProtocol
 	Family    uint8

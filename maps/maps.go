@@ -949,17 +949,17 @@ func FrontendOf(service uint32, k lb.Kind) Frontend {
 	return Frontend{Service: service, Kind: bpfFrontendKind(k)}
 }
 
-// NameOf returns how the maps write a service's name. A part longer than a DNS label cannot come from a
-// Service and is an error.
+// NameOf returns how the maps write a service's name. A part that is longer than an API server lets it be is an
+// error.
 func NameOf(n lb.ServiceName) (ServiceName, error) {
 	s := ServiceName{Protocol: bpfProtocol(n.Protocol), Family: uint8(n.Family)}
 	if n.Pod {
 		s.Pod = 1
 	}
 	for _, part := range []struct {
-		to   *[64]int8
+		to   []int8
 		from string
-	}{{&s.Namespace, n.Namespace}, {&s.Name, n.Name}, {&s.Port, n.Port}} {
+	}{{s.Namespace[:], n.Namespace}, {s.Name[:], n.Name}, {s.Port[:], n.Port}} {
 		if len(part.from) >= len(part.to) {
 			return s, fmt.Errorf("name %q is longer than %d bytes", part.from, len(part.to)-1)
 		}

@@ -314,6 +314,10 @@ func TestServiceNames(t *testing.T) {
 		{Namespace: "default", Name: "web", Port: "http", Protocol: lb.TCP, Family: lb.IPv4},
 		{Namespace: "default", Name: "web", Protocol: lb.SCTP, Family: lb.IPv6},
 		{Namespace: "default", Name: "web-0", Port: "192.0.2.1:8080", Protocol: lb.UDP, Family: lb.IPv4, Pod: true},
+		{ // a Pod's name may be four times as long as a Service's
+			Namespace: strings.Repeat("n", 63), Name: strings.Repeat("p", 253), Port: "[2001:db8:1111:2222:3333:4444:5555:6666]:30080",
+			Protocol: lb.TCP, Family: lb.IPv6, Pod: true,
+		},
 	} {
 		wire, err := NameOf(name)
 		if must(t, err); wire.LB() != name {

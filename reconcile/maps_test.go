@@ -381,6 +381,16 @@ type input struct {
 	prefixes []netip.Prefix
 }
 
+// checkOwn tells which of the node's own addresses the programs would take for ones that no Service has.
+func (c content) checkOwn(own []netip.Addr) error {
+	for _, addr := range own {
+		if _, there := c.frontends[addressVIP(addr)]; !there && within(c.prefixes, addr) {
+			return fmt.Errorf("%s is the node's own and in a prefix, and has no entry", addr)
+		}
+	}
+	return nil
+}
+
 // expected is what content.String has to be when this is in force: the model of all tests.
 func expected(in input) string {
 	c := empty()

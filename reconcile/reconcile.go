@@ -214,7 +214,7 @@ func (r *Reconciler) SetForeign(changed map[netip.Addr]bool) {
 }
 
 // SetHostAddresses records all addresses that this node has: what is sent to one of them, and not to a frontend
-// there, is left alone though it is a Service's address too, or in a service prefix. It comes before the first Apply.
+// there, is left alone though it is a Service's address too, or in a prefix. It comes before the first Apply.
 func (r *Reconciler) SetHostAddresses(all []netip.Addr) {
 	before := r.hostAddresses
 	r.hostAddresses = make(map[netip.Addr]struct{}, len(all))
@@ -249,10 +249,28 @@ func (r *Reconciler) SetPrefixes(all []netip.Prefix) error {
 			r.elsewhere++
 		}
 	}
+	r.confirmOwn()
+	return nil
+}
+
+// confirmOwn has a look taken at the node's own addresses: of those, prefixes decide.
+func (r *Reconciler) confirmOwn() {
 	for addr := range r.hostAddresses {
 		r.addresses[addr] = struct{}{}
 	}
-	return nil
+}
+
+// spared tells whether an address has an entry for no Service's sake: it is another proxy's, or the node's own and in
+// a prefix, those that are still in force among them.
+func (r *Reconciler) spared(addr netip.Addr) bool {
+	if _, foreign := r.foreign[addr]; foreign {
+		return true
+	}
+	if _, own := r.hostAddresses[addr]; !own {
+		return false
+	}
+	inForce, _ := r.maps.ServicePrefixes()
+	return within(r.prefixes, addr) || within(inForce, addr)
 }
 
 // within tells whether an address is in one of the prefixes.
@@ -445,7 +463,7 @@ func (r *Reconciler) Apply() error {
 		}
 	}
 	for addr := range r.addresses {
-		if _, there := r.frontends[addressVIP(addr)]; !there && r.leftAlone(addr) {
+		if _, there := r.frontends[addressVIP(addr)]; !there && r.spared(addr) {
 			reserved[addressVIP(addr)] = struct{}{}
 		}
 	}
@@ -1088,15 +1106,7 @@ func (r *Reconciler) writeAddress(addr netip.Addr, at vipAt) error {
 	return r.putFrontend(vip, want)
 }
 
-// leftAlone tells whether an address that is no Service's of ours is known all the same: as another proxy's VIP, or
-// as this node's own in a prefix.
-func (r *Reconciler) leftAlone(addr netip.Addr) bool {
-	_, foreign := r.foreign[addr]
-	_, own := r.hostAddresses[addr]
-	return foreign || own && within(r.prefixes, addr)
-}
-
-// fixAddresses makes those addresses known that are some Service's, or to be left alone, and no others.
+// fixAddresses makes those addresses known that are some Service's, or spared, and no others.
 func (r *Reconciler) fixAddresses() error {
 	var errs []error
 	for _, addr := range sorted(r.addresses, netip.Addr.Compare) {
@@ -1104,7 +1114,7 @@ func (r *Reconciler) fixAddresses() error {
 		at, ours := r.vips[addr]
 		f, there := r.frontends[addressVIP(addr)]
 		switch {
-		case ours || r.leftAlone(addr):
+		case ours || r.spared(addr):
 			err = r.writeAddress(addr, at)
 		case there && !f.kept:
 			err = r.deleteFrontend(addressVIP(addr))
@@ -1125,7 +1135,8 @@ func (r *Reconciler) prefixesWritten() bool {
 }
 
 // fixPrefixes writes the prefixes. All addresses have their entries before, since what is sent to one in a prefix
-// that has none is dropped; and that there are ClusterIPs elsewhere is said before a prefix goes that has them.
+// that has none is dropped; and that there are ClusterIPs elsewhere is said before a prefix goes that has them. The
+// node's own addresses that were in it lose theirs after it.
 func (r *Reconciler) fixPrefixes() error {
 	if r.prefixesWritten() || len(r.addresses) > 0 {
 		return nil
@@ -1139,7 +1150,11 @@ func (r *Reconciler) fixPrefixes() error {
 	if r.prefixesWritten() {
 		return nil
 	}
-	return r.maps.SetServicePrefixes(r.prefixes, r.elsewhere > 0)
+	if err := r.maps.SetServicePrefixes(r.prefixes, r.elsewhere > 0); err != nil {
+		return err
+	}
+	r.confirmOwn()
+	return r.fixAddresses()
 }
 
 // fixIdentities makes those addresses of backends known as such that no service has a frontend at.

@@ -954,10 +954,10 @@ func TestPrefixesFull(t *testing.T) {
 // A name that no map can hold fails alone.
 func TestNameTooLong(t *testing.T) {
 	g := testRig(t, small)
-	desired := mustParse(t, before+"default/"+strings.Repeat("x", 64)+"/TCP IPv4\n  frontend 10.96.0.9:80/TCP ClusterIP\n")
+	desired := mustParse(t, before+"default/"+strings.Repeat("x", 256)+"/TCP IPv4\n  frontend 10.96.0.9:80/TCP ClusterIP\n")
 	g.desire(desired)
 	err := g.apply()
-	if err == nil || !strings.Contains(err.Error(), "longer than 63 bytes") {
+	if err == nil || !strings.Contains(err.Error(), "longer than 255 bytes") {
 		t.Errorf("error %v", err)
 	}
 	if diff := cmp.Diff(g.expected(mustParse(t, before)), g.dump()); diff != "" {

@@ -39,6 +39,7 @@ type rig struct {
 	desired  map[lb.ServiceName]lb.Service
 	foreign  map[netip.Addr]bool // what SetForeign was told
 	host     []netip.Addr
+	settled  []netip.Addr // those of host that were when an Apply did all
 	prefixes []netip.Prefix
 	hold     bool
 	trace    []string // maps written to, and grace
@@ -55,7 +56,7 @@ func newRig(sizes maps.Sizes) (*rig, error) {
 	g := &rig{m: m, prefixes: []netip.Prefix{netip.MustParsePrefix("10.96.0.0/12")}}
 	m.Fault = func(name string) error {
 		c, err := read(g.m)
-		if err := errors.Join(err, c.check(), c.checkVersions(g.versions)); err != nil {
+		if err := errors.Join(err, c.check(), c.checkVersions(g.versions), c.checkOwn(g.settled)); err != nil {
 			panic(fmt.Sprintf("before write %d, after %q: %v\n%s", len(g.trace), g.trace, err, c))
 		}
 		return g.note(name)
@@ -87,6 +88,7 @@ func (g *rig) restart() error {
 
 func (g *rig) setHost(all []netip.Addr) {
 	g.host = all
+	g.settled = slices.DeleteFunc(g.settled, func(addr netip.Addr) bool { return !slices.Contains(all, addr) })
 	g.r.SetHostAddresses(all)
 }
 
@@ -140,7 +142,7 @@ func (g *rig) apply() error {
 	g.trace = nil
 	err := g.r.Apply()
 	c, readErr := read(g.m)
-	if bad := errors.Join(readErr, c.check(), c.checkVersions(g.versions)); bad != nil {
+	if bad := errors.Join(readErr, c.check(), c.checkVersions(g.versions), c.checkOwn(g.settled)); bad != nil {
 		panic(fmt.Sprintf("after %q: %v\n%s", g.trace, bad, c))
 	}
 	graces := 0
@@ -148,6 +150,9 @@ func (g *rig) apply() error {
 		if what == "grace" {
 			graces++
 		}
+	}
+	if err == nil {
+		g.settled = slices.Clone(g.host)
 	}
 	if err == nil && !g.hold {
 		g.versions = map[lb.ServiceName][]lb.Service{}

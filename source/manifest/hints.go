@@ -4,6 +4,7 @@ package manifest
 
 import (
 	"cmp"
+	"maps"
 	"slices"
 	"strings"
 
@@ -22,9 +23,10 @@ func newDistribution() distribution {
 	return distribution{slices: map[string]*discoveryv1.EndpointSlice{}, hinted: map[string]bool{}}
 }
 
-// apply puts into changed, which is about to be in force, every slice whose hints it changes, with them. get
-// returns an object as it then is, nil where there is none.
-func (d *distribution) apply(changed map[string]decoded, get func(name string) object) {
+// apply puts into changed, which is about to be in force, every slice whose hints it changes, with them. Those that
+// change themselves or are of a Service that does are concerned; where a Node changes, all are looked at. get returns
+// an object as it then is, nil where there is none.
+func (d *distribution) apply(changed map[string]decoded, concerned map[string]bool, get func(name string) object) {
 	nodes := false
 	for name, c := range changed {
 		switch o := c.object.(type) {
@@ -45,13 +47,16 @@ func (d *distribution) apply(changed map[string]decoded, get func(name string) o
 		}
 		return n.Labels[corev1.LabelTopologyZone]
 	}
-	for name, s := range d.slices {
-		owner := objectName(string(service), s.Namespace, s.Labels[discoveryv1.LabelServiceName])
-		_, itself := changed[name]
-		_, its := changed[owner]
-		if !itself && !its && !nodes {
+	names := maps.Keys(concerned)
+	if nodes {
+		names = maps.Keys(d.slices)
+	}
+	for name := range names {
+		s := d.slices[name]
+		if s == nil { // it goes
 			continue
 		}
+		owner := objectName(string(service), s.Namespace, s.Labels[discoveryv1.LabelServiceName])
 		wanted := ""
 		if svc, _ := get(owner).(*corev1.Service); svc != nil && svc.Spec.TrafficDistribution != nil {
 			wanted = *svc.Spec.TrafficDistribution

@@ -123,7 +123,31 @@ func TestTrafficDistributionFollows(t *testing.T) {
 	}
 	s.remove("slice")
 	s.settle()
-	if n := len(s.hints.slices) + len(s.hints.hinted); n > 0 {
-		t.Errorf("left behind: %+v", s.hints)
+	if n := len(s.hints.slices) + len(s.hints.hinted) + len(s.members.owner) + len(s.members.of); n > 0 {
+		t.Errorf("left behind: %+v, %+v", s.hints, s.members)
+	}
+}
+
+// A change concerns its own EndpointSlices and those of its Services, and no others, however many there are.
+func TestConcerned(t *testing.T) {
+	m := members{owner: map[string]string{}, of: map[string]map[string]bool{}}
+	slice := func(owner string) decoded {
+		s := &discoveryv1.EndpointSlice{}
+		s.Namespace, s.Labels = "default", map[string]string{discoveryv1.LabelServiceName: owner}
+		return decoded{object: s}
+	}
+	for i, step := range []struct {
+		changed map[string]decoded
+		want    map[string]bool
+	}{
+		{map[string]decoded{"a-1": slice("a"), "a-2": slice("a"), "b-1": slice("b")}, map[string]bool{"a-1": true, "a-2": true, "b-1": true}},
+		{map[string]decoded{"Service default/a": {}}, map[string]bool{"a-1": true, "a-2": true}},
+		{map[string]decoded{"a-2": slice("b")}, map[string]bool{"a-2": true}},
+		{map[string]decoded{"Service default/b": {}, "b-1": {}}, map[string]bool{"a-2": true, "b-1": true}},
+		{map[string]decoded{"Node n1": {}}, map[string]bool{}},
+	} {
+		if diff := cmp.Diff(step.want, m.update(step.changed)); diff != "" {
+			t.Errorf("step %d: concerned (-want +got):\n%s", i, diff)
+		}
 	}
 }

@@ -21,14 +21,16 @@ const maxProblems = 20
 // set is files and what of them is in force. A file is all or nothing: it is in force as it was last read
 // without an error and without an object that another file has in force.
 type set struct {
-	ports  PortRange        // of node ports
-	files  map[string]*file // by path
-	owners map[string]place // object -> where it is in force
-	stores stores
-	hints  distribution
-	log    *slog.Logger
-	told   map[lb.Problem]bool // problems that were logged and still are
-	ailing map[string]bool     // files with an error when problems were last told
+	ports   PortRange        // of node ports
+	files   map[string]*file // by path
+	owners  map[string]place // object -> where it is in force
+	stores  stores
+	hints   distribution
+	members members
+	strays  map[string]string // EndpointSlices in force that belong to no Service here, and why
+	log     *slog.Logger
+	told    map[lb.Problem]bool // problems that were logged and still are
+	ailing  map[string]bool     // files with an error when problems were last told
 }
 
 // place is a document of a file.
@@ -48,14 +50,14 @@ type file struct {
 	unknown  bool         // was there at the start and has not been good since: what it held then is not known
 	parsing  []lb.Problem // what is wrong with it alone
 	conflict []lb.Problem // what is wrong between it and others
-	strays   []lb.Problem // its EndpointSlices that belong to no Service here
 }
 
 func newSet(ports PortRange, log *slog.Logger) *set {
 	return &set{
 		ports: ports,
-		files: map[string]*file{}, owners: map[string]place{}, stores: newStores(), hints: newDistribution(), log: log,
-		told: map[lb.Problem]bool{}, ailing: map[string]bool{},
+		files: map[string]*file{}, owners: map[string]place{}, stores: newStores(), hints: newDistribution(),
+		members: members{owner: map[string]string{}, of: map[string]map[string]bool{}}, strays: map[string]string{},
+		log: log, told: map[lb.Problem]bool{}, ailing: map[string]bool{},
 	}
 }
 
@@ -132,30 +134,60 @@ func (s *set) settle() {
 			}
 		}
 	}
-	s.findStrays()
 }
 
-// findStrays warns of EndpointSlices in force that belong to no Service of the folder: in a cluster one may come
-// before its Service, in a folder a name is misspelt.
-func (s *set) findStrays() {
-	for _, f := range s.files {
-		f.strays = nil
-	}
-	for name, o := range s.stores.kinds[endpointSlice].objects {
-		at := s.owners[name]
-		p := lb.Problem{File: at.file.path, Document: at.document, Object: name, Field: "metadata.labels", Severity: lb.Warning}
-		of, labelled := o.GetLabels()[discoveryv1.LabelServiceName]
-		owner := objectName(string(service), o.GetNamespace(), of)
-		switch _, there := s.owners[owner]; {
-		case !labelled:
-			p.Message = fmt.Sprintf("no label %s: it belongs to no Service", discoveryv1.LabelServiceName)
-		case !there:
-			p.Message = fmt.Sprintf("%s: there is no %s among the manifests", discoveryv1.LabelServiceName, owner)
-		default:
+// findStrays looks which of some EndpointSlices are in force and belong to no Service of the folder: in a cluster one
+// may come before its Service, in a folder a name is misspelt.
+func (s *set) findStrays(names map[string]bool) {
+	for name := range names {
+		delete(s.strays, name)
+		o := s.stores.of(name).objects[name]
+		if o == nil {
 			continue
 		}
-		at.file.strays = append(at.file.strays, p)
+		_, labelled := o.GetLabels()[discoveryv1.LabelServiceName]
+		owner := s.members.owner[name]
+		switch _, there := s.owners[owner]; {
+		case !labelled:
+			s.strays[name] = fmt.Sprintf("no label %s: it belongs to no Service", discoveryv1.LabelServiceName)
+		case !there:
+			s.strays[name] = fmt.Sprintf("%s: there is no %s among the manifests", discoveryv1.LabelServiceName, owner)
+		}
 	}
+}
+
+// members are the EndpointSlices in force and the Services that they name, by names such as "Service default/web".
+type members struct {
+	owner map[string]string          // slice -> Service
+	of    map[string]map[string]bool // Service -> its slices
+}
+
+// update takes in what is about to be in force, and returns the slices that this concerns: those that change, come or
+// go, and those of a Service that does.
+func (m members) update(changed map[string]decoded) map[string]bool {
+	concerned := map[string]bool{}
+	for name, c := range changed {
+		if owner, was := m.owner[name]; was {
+			concerned[name] = true
+			delete(m.owner, name)
+			if delete(m.of[owner], name); len(m.of[owner]) == 0 {
+				delete(m.of, owner)
+			}
+		}
+		if s, ok := c.object.(*discoveryv1.EndpointSlice); ok {
+			concerned[name] = true
+			owner := objectName(string(service), s.Namespace, s.Labels[discoveryv1.LabelServiceName])
+			m.owner[name] = owner
+			if m.of[owner] == nil {
+				m.of[owner] = map[string]bool{}
+			}
+			m.of[owner][name] = true
+		}
+	}
+	for name := range changed {
+		maps.Copy(concerned, m.of[name])
+	}
+	return concerned
 }
 
 // conflicts returns those of the candidates that cannot be put in force together with the others and with
@@ -216,7 +248,8 @@ func (s *set) install(files []*file) {
 			delete(s.files, f.path)
 		}
 	}
-	s.hints.apply(changed, func(name string) object {
+	concerned := s.members.update(changed)
+	s.hints.apply(changed, concerned, func(name string) object {
 		if d, ok := changed[name]; ok {
 			return d.object
 		}
@@ -235,14 +268,22 @@ func (s *set) install(files []*file) {
 			s.stores.remove(name)
 		}
 	}
+	s.findStrays(concerned)
 	s.stores.announce()
 }
 
 // problems returns all that is wrong, by file, and of a file the most grave first where they are too many.
 func (s *set) problems() (all []lb.Problem) {
+	strays := map[*file][]lb.Problem{}
+	for name, message := range s.strays {
+		at := s.owners[name]
+		strays[at.file] = append(strays[at.file], lb.Problem{
+			File: at.file.path, Document: at.document, Object: name, Field: "metadata.labels", Message: message, Severity: lb.Warning,
+		})
+	}
 	for _, path := range slices.Sorted(maps.Keys(s.files)) {
 		f := s.files[path]
-		all = append(all, limit(slices.Concat(f.parsing, f.conflict, f.strays))...)
+		all = append(all, limit(slices.Concat(f.parsing, f.conflict, strays[f]))...)
 		if f.unknown && !f.read {
 			all = append(all, lb.Problem{File: path, Message: "not read yet: it does not stop changing"})
 		}
