@@ -127,4 +127,8 @@ func TestValues(t *testing.T) {
 	if want := "{true true false []} 30000-32767 [10.96.0.0/16 fd00::/112] true [169.254.77.2 fd77::2]"; got != want {
 		t.Errorf("got %s, want %s", got, want)
 	}
+	c.ExternalIPsAllow = []string{} // as --external-ips-allow= is: whoever writes that does not mean all
+	if v, err = c.values(); err != nil || v.externalIPsAllow == nil {
+		t.Errorf("external IPs in no CIDR are allowed everywhere; error %v", err)
+	}
 }
