@@ -28,7 +28,7 @@ type Config struct {
 	NodePortAddresses []string // --nodeport-addresses
 	NodePortRange     string   // --nodeport-range
 	ServiceCIDRs      []string // --service-cluster-ip-range
-	ExternalIPsAllow  []string // --external-ips-allow; none: all are
+	ExternalIPsAllow  []string // --external-ips-allow; nil: all are
 	HairpinAddresses  []string // --hairpin-addresses
 
 	// Addresses and ports; "" is off, to be set after Defaults.
@@ -110,6 +110,9 @@ func (c Config) values() (v values, err error) {
 	wrong("service-cluster-ip-range", err)
 	v.externalIPsAllow, err = parsePrefixes(c.ExternalIPsAllow)
 	wrong("external-ips-allow", err)
+	if c.ExternalIPsAllow != nil && v.externalIPsAllow == nil {
+		v.externalIPsAllow = []netip.Prefix{} // given, and empty
+	}
 	v.hairpin, err = parseHairpin(c.HairpinAddresses)
 	wrong("hairpin-addresses", err)
 	return v, errors.Join(errs...)

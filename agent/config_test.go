@@ -11,6 +11,8 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/lbagent/lbagent/api"
+	"github.com/lbagent/lbagent/health"
 	"github.com/lbagent/lbagent/maps"
 	"github.com/lbagent/lbagent/node"
 )
@@ -126,5 +128,28 @@ func TestValues(t *testing.T) {
 	got := fmt.Sprint(v.nodePorts, v.nodePortRange, v.serviceCIDRs, v.externalIPsAllow == nil, v.hairpin)
 	if want := "{true true false []} 30000-32767 [10.96.0.0/16 fd00::/112] true [169.254.77.2 fd77::2]"; got != want {
 		t.Errorf("got %s, want %s", got, want)
+	}
+	c.ExternalIPsAllow = []string{} // as --external-ips-allow= is: whoever writes that does not mean all
+	if v, err = c.values(); err != nil || v.externalIPsAllow == nil {
+		t.Errorf("external IPs in no CIDR are allowed everywhere; error %v", err)
+	}
+}
+
+// A node is healthy when the maps say what they should and the programs are where they should be, not before.
+func TestTellHealth(t *testing.T) {
+	for _, tt := range []struct {
+		what    string
+		of      *agent
+		healthy bool
+	}{
+		{"all in force", &agent{synced: true}, true},
+		{"nothing read yet", &agent{}, false},
+		{"maps not written", &agent{synced: true, apply: api.Apply{LastError: "full"}}, false},
+		{"programs not attached", &agent{synced: true, attachError: "refused"}, false},
+	} {
+		tt.of.proxy = health.NewProxy(func() bool { return true })
+		if tt.of.tellHealth(); tt.of.proxy.Healthy() != tt.healthy {
+			t.Errorf("%s: healthy %v", tt.what, !tt.healthy)
+		}
 	}
 }

@@ -105,9 +105,6 @@ func (a *agent) run(ctx context.Context) error {
 			if !a.synced { // the first that are dirty are all there are
 				a.synced = true
 				a.attach()
-				if a.apply.LastError == "" {
-					a.proxy.Updated()
-				}
 				stats := a.reconciler.Stats()
 				a.config.Log.Info("ready", "services", stats.Services, "backends", stats.Backends, "programs", len(a.attached))
 			}
@@ -233,14 +230,12 @@ func (a *agent) write() {
 	if err == nil {
 		a.metrics.Programmed(a.began)
 		a.began = nil
-		if a.synced { // before, no device may have programs
-			a.proxy.Updated()
-		}
 		if a.apply.LastError != "" {
 			a.config.Log.Info("maps written again")
 		}
 		a.apply.LastError, a.apply.LastApply = "", time.Now()
 		a.applyRetry.done()
+		a.tellHealth()
 		return
 	}
 	a.apply.Failures++
@@ -249,6 +244,14 @@ func (a *agent) write() {
 		a.apply.LastError = text
 	}
 	a.applyRetry.failed()
+}
+
+// tellHealth says that everything is in force, if it is: in the maps, and by programs at all devices that are to have
+// them.
+func (a *agent) tellHealth() {
+	if a.synced && a.apply.LastError == "" && a.attachError == "" {
+		a.proxy.Updated()
+	}
 }
 
 // attach gives programs to the devices that are to have them, and takes them from all others.
@@ -277,8 +280,10 @@ func (a *agent) attach() {
 		}
 		a.attachError = ""
 		a.attachRetry.done()
+		a.tellHealth()
 		return
 	}
+	a.proxy.Queued()
 	if text := brief(err); text != a.attachError {
 		a.config.Log.Error("programs not attached, tried again", "error", text)
 		a.attachError = text

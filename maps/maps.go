@@ -981,7 +981,7 @@ func (n bpfServiceName) LB() lb.ServiceName {
 func text(c []int8) string {
 	b := unsafe.Slice((*byte)(unsafe.Pointer(unsafe.SliceData(c))), len(c))
 	before, _, _ := bytes.Cut(b, []byte{0})
-	return string(before)
+	return string(bytes.ToValidUTF8(before, []byte("\ufffd"))) // a damaged map may say anything
 }
 
 // Addr returns where a backend is.

@@ -290,3 +290,13 @@ func BenchmarkScrape(b *testing.B) {
 	}
 	b.ReportMetric(float64(size), "B/scrape")
 }
+
+// What damaged maps call a service fails no scrape.
+func TestDamagedName(t *testing.T) {
+	m := newMaps(t, maps.Sizes{Frontends: 8, Services: 8, Slots: 8, Backends: 8, Flows: 64})
+	setName(t, m, 1, lb.ServiceName{Namespace: "default", Name: "w\xffb", Protocol: lb.TCP, Family: lb.IPv4})
+	got := scrape(t, New(m, "v", func() State { return State{} }))
+	if want := "service=\"w\ufffdb\""; !strings.Contains(got, want) {
+		t.Errorf("no %s in\n%s", want, got)
+	}
+}

@@ -129,6 +129,7 @@ func readServices(m *maps.Maps) ([]service, error) {
 			return cmp.Or(a.Address.Compare(b.Address), cmp.Compare(a.Port, b.Port), cmp.Compare(a.ID, b.ID))
 		})
 		slices.SortFunc(s.SourceRanges, netip.Prefix.Compare)
+		s.SourceRanges = slices.Compact(s.SourceRanges) // one that goes meanwhile makes the walk begin anew
 		all = append(all, *s)
 	}
 	slices.SortFunc(all, func(a, b service) int {
