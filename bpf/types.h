@@ -13,8 +13,7 @@
 #define ADDRESS_LENGTH 16
 #define MAC_LENGTH 6
 #define NAME_LENGTH 64 /* a DNS label (RFC 1123) and its final zero */
-#define OBJECT_NAME_LENGTH                                                                         \
-	256 /* a DNS subdomain, of 253 characters at most, as a Pod's name may be */
+#define OBJECT_NAME_LENGTH 256 /* a DNS subdomain, as a Pod's name, and its final zero */
 
 /* The version of all layouts below, kept in map `record`. Raise it with every change of a layout. */
 #define LAYOUT_VERSION 4
