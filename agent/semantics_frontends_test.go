@@ -53,9 +53,8 @@ var rowsOfFrontends = []row{
 		}
 	}},
 	{"externalIPs", func(s *rows) {
-		s.apply(service{number: 1, kind: "ClusterIP", ends: []end{here(s.Backends[0])},
-			ports: "{name: tcp, port: 7, targetPort: 7007}, {name: udp, port: 7, targetPort: 7007, protocol: UDP}",
-			spec:  `externalIPs: [203.0.113.1, "fd00:e::1", 203.0.113.200, "fd00:e::200"]`})
+		s.apply(service{number: 1, ends: []end{here(s.Backends[0])},
+			spec: `externalIPs: [203.0.113.1, "fd00:e::1", 203.0.113.200, "fd00:e::200"]`})
 		for _, from := range s.clients() {
 			s.answers(from, external(1), s.Backends[0])
 			s.untouched(from, external(200)) // outside --external-ips-allow

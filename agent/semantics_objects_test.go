@@ -52,7 +52,7 @@ var rowsOfObjects = []row{
 		s.answers(s.pod, clusterIP(1), s.Backends[0])
 		// What is left of the other type.
 		after := before
-		after.kind, after.spec, after.ports = "ExternalName", "externalName: example.com", "none"
+		after.kind, after.spec = "ExternalName", "externalName: example.com\nexternalIPs: [203.0.113.1, \"fd00:e::1\"]"
 		after.status = `{loadBalancer: {ingress: [{ip: 198.51.100.1}, {ip: "fd00:1b::1"}]}}`
 		s.apply(after)
 		for _, from := range s.clients() {

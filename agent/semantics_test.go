@@ -147,6 +147,8 @@ func there(h *testenv.Host, more ...string) end {
 	return end{h, strings.Join(append([]string{"nodeName: other"}, more...), ", ")}
 }
 
+func (s service) hasNodePort() bool { return s.kind == "NodePort" || s.kind == "LoadBalancer" }
+
 func (s service) String() string {
 	var b strings.Builder
 	name := fmt.Sprint("row-", s.number)
@@ -161,6 +163,8 @@ func (s service) String() string {
 	nodePort := ""
 	if s.kind != "" {
 		fmt.Fprintf(&b, "  type: %s\n", s.kind)
+	}
+	if s.hasNodePort() {
 		nodePort = fmt.Sprint(", nodePort: ", 30000+s.number)
 	}
 	if s.kind == "LoadBalancer" {
@@ -168,9 +172,7 @@ func (s service) String() string {
 		fmt.Fprintf(&b, "  externalIPs: [%q, %q]\n", external(s.number)(4).Addr(), external(s.number)(6).Addr())
 	}
 	ports := cmp.Or(s.ports, fmt.Sprintf("{name: tcp, port: 7, targetPort: 7007%[1]s}, {name: udp, port: 7, targetPort: 7007, protocol: UDP%[1]s}", nodePort))
-	if ports != "none" {
-		fmt.Fprintf(&b, "  ports: [%s]\n", ports)
-	}
+	fmt.Fprintf(&b, "  ports: [%s]\n", ports)
 	for _, line := range strings.Split(s.spec, "\n") {
 		if line != "" {
 			fmt.Fprintf(&b, "  %s\n", strings.TrimSpace(line))
@@ -241,7 +243,7 @@ func (s *rows) apply(objects ...fmt.Stringer) {
 	var all []string
 	for _, o := range objects {
 		all = append(all, o.String())
-		if o, ok := o.(service); ok && o.kind != "" {
+		if o, ok := o.(service); ok && o.hasNodePort() {
 			if err := s.AddNodePorts(s.t.Context(), uint16(30000+o.number)); err != nil {
 				s.t.Fatal(err)
 			}
