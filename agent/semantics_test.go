@@ -42,6 +42,9 @@ type rows struct {
 
 // TestSemantics has one test per row of docs/semantics.md, and its name.
 func TestSemantics(t *testing.T) {
+	if testing.Short() {
+		t.Skip("too long for -short: that nobody answers is told by the clock, often")
+	}
 	s := newSiteLike(t, testenv.Config{Backends: 3, ClientPods: 1, ClientAddresses: 8})
 	s.config.Sizes = maps.Sizes{Frontends: 4096, Services: 256, Slots: 1 << 14, Backends: 4096, Flows: 1 << 16}
 	s.config.ServiceCIDRs = []string{testenv.ServiceCIDR4, testenv.ServiceCIDR6}
@@ -262,7 +265,7 @@ ports: [{port: 1}]
 endpoints: [{addresses: [10.244.9.9]}]
 `, mark)), "---\n"))
 	var complaint string
-	for deadline := time.Now().Add(5 * time.Second); time.Now().Before(deadline); time.Sleep(5 * time.Millisecond) {
+	for deadline := time.Now().Add(15 * time.Second); time.Now().Before(deadline); time.Sleep(5 * time.Millisecond) {
 		client := api.NewClient(s.config.Socket)
 		views, err1 := client.Services(s.t.Context(), "default", mark)
 		status, err2 := client.Status(s.t.Context())
