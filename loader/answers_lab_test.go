@@ -227,43 +227,6 @@ func dialNear(ctx context.Context, from *testenv.Host, at netip.AddrPort) (conn 
 	return conn, err
 }
 
-// echoID is the identifier and the sequence number of ping's requests.
-const echoID = 0x04d2_0001
-
-// ping sends an echo request by a raw socket and returns the ICMP message that comes from the address.
-func ping(t *testing.T, from *testenv.Host, to netip.Addr, payload string) ([]byte, error) {
-	t.Helper()
-	network, own, request := "ip4:icmp", "0.0.0.0", byte(8)
-	if to.Is6() {
-		network, own, request = "ip6:ipv6-icmp", "::", 128
-	}
-	conn, err := from.ListenPacket(t.Context(), network, own)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer conn.Close()
-	// Its sum is that of IPv4; that of IPv6, which has a pseudo header, the kernel computes.
-	nobody := netip.AddrPortFrom(from.IPv4, 0)
-	message := testenv.Packet{
-		Source: nobody, Destination: nobody,
-		Protocol: testenv.ICMP, ICMPType: request, ICMPRest: echoID, Payload: []byte(payload),
-	}.Bytes()[14+20:]
-	if _, err := conn.WriteTo(message, &net.IPAddr{IP: to.AsSlice()}); err != nil {
-		t.Fatal(err)
-	}
-	conn.SetDeadline(time.Now().Add(2 * time.Second))
-	buffer := make([]byte, 65536)
-	for {
-		n, peer, err := conn.ReadFrom(buffer)
-		if err != nil {
-			return nil, err
-		}
-		if got, _ := netip.AddrFromSlice(peer.(*net.IPAddr).IP); got.Unmap() == to {
-			return buffer[:n], nil
-		}
-	}
-}
-
 // TestPing: a VIP with endpoints answers, one without says that there is none.
 func TestPing(t *testing.T) {
 	eachNetwork(t, func(t *testing.T, c testenv.Config) {
@@ -277,12 +240,12 @@ func TestPing(t *testing.T) {
 				}
 				for _, payload := range []string{"hello", string(make([]byte, 1400))} {
 					l.rig.address(vip.Addr(), maps.AddressClusterIP|maps.AddressEcho)
-					got, err := ping(t, from, vip.Addr(), payload)
-					if err != nil || got[0] != replied || string(got[8:]) != payload || binary.BigEndian.Uint32(got[4:]) != echoID {
+					got, err := testenv.Ping(l.context(), from.Namespace, vip.Addr(), payload)
+					if err != nil || got[0] != replied || string(got[8:]) != payload || binary.BigEndian.Uint32(got[4:]) != testenv.PingID {
 						t.Errorf("%s to %s: % x, %v", from.Name, vip.Addr(), got[:min(len(got), 32)], err)
 					}
 					l.rig.address(vip.Addr(), maps.AddressClusterIP)
-					got, err = ping(t, from, vip.Addr(), payload)
+					got, err = testenv.Ping(l.context(), from.Namespace, vip.Addr(), payload)
 					if err != nil || got[0] != refused {
 						t.Errorf("%s to %s, without endpoints: % x, %v", from.Name, vip.Addr(), got[:min(len(got), 32)], err)
 					}
