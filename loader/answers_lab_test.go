@@ -167,7 +167,11 @@ func TestErrorChecksum(t *testing.T) {
 								t.Fatal(err, failed)
 							}
 						}
-						if _, err := conn.Write(bytes.Repeat([]byte("question"), 180)); err != nil {
+						_, err = conn.Write(bytes.Repeat([]byte("question"), 180))
+						if segment != 0 && client == "off" && errors.Is(err, unix.EIO) {
+							continue // such a client does not segment before 6.11
+						}
+						if err != nil {
 							t.Fatal(err)
 						}
 						f, quoted := find(at, map[int]uint8{4: 3, 6: 1}[family])
