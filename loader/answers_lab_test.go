@@ -262,7 +262,11 @@ func TestPing(t *testing.T) {
 // TestPodToItself: a pod that is the one endpoint of its Service reaches itself by it, and directly; so do many of
 // several endpoints, each sometimes.
 func TestPodToItself(t *testing.T) {
-	const transfer, turns = 8 << 20, 40
+	transfer := int64(8 << 20)
+	const turns = 40
+	if testing.Short() {
+		transfer = 1 << 20
+	}
 	eachNetwork(t, func(t *testing.T, c testenv.Config) {
 		for _, offload := range []testenv.Offload{testenv.OffloadOn, testenv.OffloadOff} {
 			t.Run(fmt.Sprintf("offloads %v", offload == testenv.OffloadOn), func(t *testing.T) {

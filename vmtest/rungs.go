@@ -25,7 +25,8 @@ func suites() []suite {
 	return []suite{
 		{"maps", "maps", map[string]string{"": "maps"}},
 		{"loader", "loader", map[string]string{
-			"program_test.go": "program", "load_test.go": "program", "attach_test.go": "attach", "": "node",
+			"program_test.go": "program", "selection_test.go": "program", "answers_test.go": "program", "load_test.go": "program",
+			"attach_test.go": "attach", "": "node",
 		}},
 		{"node", "node", map[string]string{"": "netlink"}},
 		{"agent", "agent", map[string]string{"": "agent"}},
