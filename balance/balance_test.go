@@ -15,7 +15,7 @@ import (
 
 func TestTable(t *testing.T) {
 	backend := func(n byte, weight uint16) lb.Backend {
-		return lb.Backend{Addr: netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, 0, 0, n}), 80), Cluster: true, Serving: true, Weight: weight}
+		return lb.Backend{Addr: netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, 0, 0, n}), 80), Cluster: true, Weight: weight}
 	}
 	var (
 		a, b     = backend(1, 1), backend(2, 1)
@@ -70,7 +70,7 @@ func backends(n int, weight func(i int) uint16) []lb.Backend {
 	for i := range all {
 		all[i] = lb.Backend{
 			Addr:    netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, byte(i >> 16), byte(i >> 8), byte(i)}), 8080),
-			Cluster: true, Serving: true, Weight: weight(i),
+			Cluster: true, Weight: weight(i),
 		}
 	}
 	return all
@@ -205,7 +205,7 @@ func TestMaglevIsOfTheBackendsAlone(t *testing.T) {
 	want := names(Table(all, Cluster, lb.Maglev), all)
 	rnd := rand.New(rand.NewPCG(3, 4))
 	for range 5 {
-		other := append(slices.Clone(all), lb.Backend{Addr: netip.MustParseAddrPort("10.9.9.9:1"), Serving: true, Weight: 5})
+		other := append(slices.Clone(all), lb.Backend{Addr: netip.MustParseAddrPort("10.9.9.9:1"), Weight: 5})
 		rnd.Shuffle(len(other), func(i, j int) { other[i], other[j] = other[j], other[i] })
 		if !slices.Equal(names(Table(other, Cluster, lb.Maglev), other), want) {
 			t.Error("another order of backends has another table")

@@ -166,15 +166,14 @@ type Frontend struct {
 	Kind Kind
 }
 
-// Backend is one endpoint of one service; the same pod behind two services is two backends.
+// Backend is one endpoint of one service; the same pod behind two services is two backends. One that no new flow
+// may choose keeps the flows that it has (an endpoint that drains).
 type Backend struct {
 	Addr netip.AddrPort // of the service's family, not v4-mapped
 	// Cluster: new flows may choose it (it is usable in the scope Cluster).
 	Cluster bool
 	// Local: new flows under a policy Local may (it is on this node, and usable in the scope Local).
 	Local bool
-	// Serving: flows that it has may keep it, though no new one may choose it (an endpoint that drains).
-	Serving bool
 	// Weight is its share of new flows beside those of the others of its scope. 0: no new client comes to it,
 	// though one that session affinity brings does.
 	Weight uint16
@@ -203,8 +202,7 @@ func (a Algorithm) String() string {
 }
 
 // Service is one port of one Service in one family, with all that the kernel is to know of it.
-// Backends are sorted by address and no address stands twice; a backend that is neither Cluster nor
-// Local nor Serving is not listed.
+// Backends are sorted by address and no address stands twice.
 type Service struct {
 	Name      ServiceName
 	Frontends []Frontend // sorted by VIP, no VIP twice

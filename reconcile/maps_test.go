@@ -494,7 +494,7 @@ func parse(text string) (map[lb.ServiceName]lb.Service, error) {
 			var addr netip.AddrPort
 			addr, err = netip.ParseAddrPort(f[1])
 			b := lb.Backend{
-				Addr: addr, Serving: true, Weight: 1,
+				Addr: addr, Weight: 1,
 				Local:   slices.Contains(f, "local"),
 				Cluster: slices.Contains(f, "active") && (slices.Contains(f, "cluster") || !slices.Contains(f, "local")),
 			}

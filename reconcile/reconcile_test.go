@@ -765,7 +765,7 @@ func randomService(rnd *rand.Rand, name lb.ServiceName) lb.Service {
 		if rnd.IntN(2) == 0 {
 			svc.Backends = append(svc.Backends, lb.Backend{
 				Addr:    netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, 0, name.Name[1], byte(i)}), 80),
-				Cluster: rnd.IntN(3) > 0, Local: rnd.IntN(3) == 0, Serving: true,
+				Cluster: rnd.IntN(3) > 0, Local: rnd.IntN(3) == 0,
 				Weight: []uint16{0, 1, 1, 1, 2, 3}[rnd.IntN(6)],
 			})
 		}
@@ -1071,7 +1071,7 @@ func BenchmarkApply(b *testing.B) {
 			Frontends: []lb.Frontend{{VIP: lb.VIP{Addr: netip.AddrFrom4([4]byte{10, 96, byte(i >> 8), byte(i)}), Port: 80, Protocol: lb.TCP}, Kind: lb.ClusterIP}},
 		}
 		for j := range 4 {
-			svc.Backends = append(svc.Backends, lb.Backend{Addr: netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, byte(j), byte(i >> 8), byte(i)}), uint16(80+change%2)), Cluster: true, Serving: true, Weight: 1})
+			svc.Backends = append(svc.Backends, lb.Backend{Addr: netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, byte(j), byte(i >> 8), byte(i)}), uint16(80+change%2)), Cluster: true, Weight: 1})
 		}
 		return svc
 	}

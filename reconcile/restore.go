@@ -141,7 +141,6 @@ func (r *restored) readBackends() {
 				Addr:    b.Addr(),
 				Cluster: b.Life.Flags&maps.BackendCluster != 0,
 				Local:   b.Life.Flags&maps.BackendLocal != 0,
-				Serving: true,
 			}
 			// The agent that wrote it may have died between the removal of a frontend and the end of
 			// the grace period, and nobody knows of which.

@@ -79,7 +79,6 @@ func backends(service lb.ServiceName, endpointSlices []weighted, local bool, hos
 			Addr:    e.addr,
 			Cluster: e.cluster == "",
 			Local:   local && e.local == "",
-			Serving: true,
 			Weight:  e.share(),
 		})
 	}

@@ -45,8 +45,8 @@ func sliceOf(family discoveryv1.AddressType, port discoveryv1.EndpointPort, endp
 	return &discoveryv1.EndpointSlice{AddressType: family, Ports: []discoveryv1.EndpointPort{port}, Endpoints: endpoints}
 }
 
-func backend(addr string, cluster, serving bool) lb.Backend {
-	return lb.Backend{Addr: netip.MustParseAddrPort(addr), Cluster: cluster, Serving: serving, Weight: 1}
+func backend(addr string, cluster bool) lb.Backend {
+	return lb.Backend{Addr: netip.MustParseAddrPort(addr), Cluster: cluster, Weight: 1}
 }
 
 // backendsOf returns the backends of a service without policies, on a node of which nothing is known.
@@ -94,19 +94,19 @@ func TestUsableEndpoints(t *testing.T) {
 		{"none", nil, nil},
 		{"the ready ones, in the order of their addresses",
 			[]discoveryv1.Endpoint{endpointOf("10.0.0.10", isReady), endpointOf("10.0.0.9", isReady)},
-			[]lb.Backend{backend("10.0.0.9:8080", true, true), backend("10.0.0.10:8080", true, true)}},
+			[]lb.Backend{backend("10.0.0.9:8080", true), backend("10.0.0.10:8080", true)}},
 		{"one that drains keeps its flows",
 			[]discoveryv1.Endpoint{endpointOf("10.0.0.1", isDraining), endpointOf("10.0.0.2", isReady)},
-			[]lb.Backend{backend("10.0.0.1:8080", false, true), backend("10.0.0.2:8080", true, true)}},
+			[]lb.Backend{backend("10.0.0.1:8080", false), backend("10.0.0.2:8080", true)}},
 		{"none ready: those that drain",
 			[]discoveryv1.Endpoint{endpointOf("10.0.0.1", isDraining), endpointOf("10.0.0.2", isUseless)},
-			[]lb.Backend{backend("10.0.0.1:8080", true, true)}},
+			[]lb.Backend{backend("10.0.0.1:8080", true)}},
 		{"none ready: not those that only keep their flows",
 			[]discoveryv1.Endpoint{endpointOf("10.0.0.1", isKeeping), endpointOf("10.0.0.2", isDraining)},
-			[]lb.Backend{backend("10.0.0.1:8080", false, true), backend("10.0.0.2:8080", true, true)}},
+			[]lb.Backend{backend("10.0.0.1:8080", false), backend("10.0.0.2:8080", true)}},
 		{"publishNotReadyAddresses",
 			[]discoveryv1.Endpoint{endpointOf("10.0.0.1", "ynn")},
-			[]lb.Backend{backend("10.0.0.1:8080", true, true)}},
+			[]lb.Backend{backend("10.0.0.1:8080", true)}},
 		{"neither ready nor serving",
 			[]discoveryv1.Endpoint{endpointOf("10.0.0.1", isUseless)}, nil},
 	} {
@@ -126,12 +126,12 @@ func TestSameAddressTwice(t *testing.T) {
 		name, one, other string
 		want             []lb.Backend
 	}{
-		{"equal", "yyn", "yyn", []lb.Backend{backend("10.0.0.1:8080", true, true)}},
-		{"ready beats draining", "yyn", "nyy", []lb.Backend{backend("10.0.0.1:8080", true, true)}},
-		{"ready beats useless", "yyn", "nnn", []lb.Backend{backend("10.0.0.1:8080", true, true)}},
-		{"draining beats useless", "nyy", "nnn", []lb.Backend{backend("10.0.0.1:8080", true, true)}},
-		{"draining beats keeping", "nyy", "nyn", []lb.Backend{backend("10.0.0.1:8080", true, true)}},
-		{"keeping beats useless", "nyn", "nnn", []lb.Backend{backend("10.0.0.1:8080", false, true)}},
+		{"equal", "yyn", "yyn", []lb.Backend{backend("10.0.0.1:8080", true)}},
+		{"ready beats draining", "yyn", "nyy", []lb.Backend{backend("10.0.0.1:8080", true)}},
+		{"ready beats useless", "yyn", "nnn", []lb.Backend{backend("10.0.0.1:8080", true)}},
+		{"draining beats useless", "nyy", "nnn", []lb.Backend{backend("10.0.0.1:8080", true)}},
+		{"draining beats keeping", "nyy", "nyn", []lb.Backend{backend("10.0.0.1:8080", true)}},
+		{"keeping beats useless", "nyn", "nnn", []lb.Backend{backend("10.0.0.1:8080", false)}},
 		{"both useless", "nnn", "nny", nil},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -147,7 +147,7 @@ func TestSameAddressTwice(t *testing.T) {
 		})
 	}
 	t.Run("another port is another backend", func(t *testing.T) {
-		want := []lb.Backend{backend("10.0.0.1:8080", true, true), backend("10.0.0.1:8081", true, true)}
+		want := []lb.Backend{backend("10.0.0.1:8080", true), backend("10.0.0.1:8081", true)}
 		slices := []*discoveryv1.EndpointSlice{
 			sliceOf("IPv4", portOf("http", "TCP", 8081), endpointOf("10.0.0.1", "---")),
 			sliceOf("IPv4", portOf("http", "TCP", 8080), endpointOf("10.0.0.1", "---")),
@@ -184,7 +184,7 @@ func TestPortsByNameAndProtocol(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			var want []lb.Backend
 			if tt.want != "" {
-				want = []lb.Backend{backend(tt.want, true, true)}
+				want = []lb.Backend{backend(tt.want, true)}
 			}
 			slices := []*discoveryv1.EndpointSlice{sliceOf("IPv4", tt.port, endpointOf("10.0.0.1", "---"))}
 			if diff := cmp.Diff(want, backendsOf(tt.service, slices), compareValues); diff != "" {
@@ -193,7 +193,7 @@ func TestPortsByNameAndProtocol(t *testing.T) {
 		})
 	}
 	t.Run("a named targetPort differs between endpoints", func(t *testing.T) {
-		want := []lb.Backend{backend("10.0.0.1:8080", true, true), backend("10.0.0.2:9090", true, true)}
+		want := []lb.Backend{backend("10.0.0.1:8080", true), backend("10.0.0.2:9090", true)}
 		slices := []*discoveryv1.EndpointSlice{
 			sliceOf("IPv4", portOf("http", "TCP", 8080), endpointOf("10.0.0.1", "---")),
 			sliceOf("IPv4", portOf("http", "TCP", 9090), endpointOf("10.0.0.2", "---")),
@@ -227,7 +227,7 @@ func TestEndpointsOfOwnFamily(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			var want []lb.Backend
 			if tt.want != "" {
-				want = []lb.Backend{backend(tt.want, true, true)}
+				want = []lb.Backend{backend(tt.want, true)}
 			}
 			service := web
 			service.Family = tt.family

@@ -50,7 +50,7 @@ func resolvePod(name Name, pod *corev1.Pod, host *reader) object {
 	for service, s := range o.services {
 		target, _ := portNumber(targets[service.Port+"/"+service.Protocol.String()])
 		i := slices.IndexFunc(ips, func(ip netip.Addr) bool { return lb.FamilyOf(ip) == service.Family })
-		s.Backends = []lb.Backend{{Addr: netip.AddrPortFrom(ips[i], target), Cluster: true, Serving: true, Weight: 1}}
+		s.Backends = []lb.Backend{{Addr: netip.AddrPortFrom(ips[i], target), Cluster: true, Weight: 1}}
 		o.services[service] = s
 	}
 	return o

@@ -371,7 +371,7 @@ func TestPolicies(t *testing.T) {
 				if s.InternalLocal != tt.internal || s.ExternalLocal != tt.external {
 					t.Errorf("internal %t, external %t; want %t, %t", s.InternalLocal, s.ExternalLocal, tt.internal, tt.external)
 				}
-				one, other := backend("10.0.0.1:8080", true, true), backend("10.0.0.2:8080", true, true)
+				one, other := backend("10.0.0.1:8080", true), backend("10.0.0.2:8080", true)
 				one.Local = tt.internal || tt.external // without a policy nobody is told where it is
 				if diff := cmp.Diff([]lb.Backend{one, other}, s.Backends, compareValues); diff != "" {
 					t.Errorf("backends (-want +got):\n%s", diff)
