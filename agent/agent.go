@@ -59,6 +59,7 @@ func Run(ctx context.Context, c Config) (err error) {
 		return err
 	}
 	defer closing(m.Close)
+	m.Fault = c.beforeWrite
 	reconciler, err := reconcile.New(m, c.Log)
 	if err != nil {
 		return err

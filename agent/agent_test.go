@@ -35,6 +35,10 @@ import (
 // childConfig is the variable by which a child of these tests knows that it is an agent, and which.
 const childConfig = "LBAGENT_TEST_AGENT"
 
+// childPause is the variable by which it knows how long to wait before every write to a map, so that what a packet
+// meets between two of them is met.
+const childPause = "LBAGENT_TEST_PAUSE"
+
 func TestMain(m *testing.M) {
 	if text := os.Getenv(childConfig); text != "" {
 		os.Exit(child(text))
@@ -50,6 +54,9 @@ func child(text string) int {
 	}
 	c.Defaults()
 	c.Log = slog.New(slog.NewTextHandler(os.Stderr, nil))
+	if pause, err := time.ParseDuration(os.Getenv(childPause)); err == nil {
+		c.BeforeWrite(func(string) error { time.Sleep(pause); return nil })
+	}
 	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGTERM)
 	defer stop()
 	err := errors.Join(c.Validate(), agent.Run(ctx, c))

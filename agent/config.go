@@ -46,6 +46,8 @@ type Config struct {
 	Flags map[string]string // all flags by name, as they are written: what /configz answers
 
 	Log *slog.Logger
+
+	beforeWrite func(mapName string) error // as [maps.Maps.Fault]; of tests
 }
 
 // Defaults fills in what is not set and has a default.

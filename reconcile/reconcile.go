@@ -421,7 +421,8 @@ func tableOf(svc lb.Service, scope balance.Scope) []int {
 //     which order). What they replace is still there: slots, source ranges, and backends usable in all scopes of
 //     before and after. No flow has to look again: a policy, an algorithm and weights are about new ones.
 //  4. A frontend is written when its service has its slots, and after the entry of its address, which says what
-//     becomes of its other ports; and before that entry makes a ClusterIP, it is said that there are some outside of
+//     becomes of its other ports (of an address that another proxy had, or is to have, nothing as long as some
+//     of the frontends are there); and before that entry makes a ClusterIP, it is said that there are some outside of
 //     the prefixes, if there are, or nobody would look for it. A frontend that goes from a service to another is
 //     overwritten: at any time it leads to one of them.
 //  5. Frontends are deleted, then the entries of addresses that nothing is left at, then the slots of services that
@@ -947,7 +948,12 @@ func (r *Reconciler) writeFrontends(name lb.ServiceName) error {
 			r.addresses[f.VIP.Addr] = struct{}{} // it goes again if the frontend cannot be written
 			at := r.vips[f.VIP.Addr]
 			at.count(s, f.Kind, 1)
-			if err := r.writeAddress(f.VIP.Addr, at); err != nil {
+			// One that another proxy had says more once all frontends are there: until then nothing is refused.
+			write := r.writeAddress
+			if is, there := r.frontends[addressVIP(f.VIP.Addr)]; there && is.flags == 0 {
+				write = r.sayElsewhere
+			}
+			if err := write(f.VIP.Addr, at); err != nil {
 				errs = append(errs, err)
 				continue
 			}
@@ -978,7 +984,7 @@ func (r *Reconciler) deleteFrontends(name lb.ServiceName) error {
 	slices.SortFunc(gone, lb.VIP.Compare)
 	var errs []error
 	for _, vip := range gone {
-		errs = append(errs, r.deleteFrontend(vip))
+		errs = append(errs, r.yieldAddress(vip.Addr), r.deleteFrontend(vip))
 	}
 	return errors.Join(errs...)
 }
@@ -1077,6 +1083,26 @@ func (r *Reconciler) countVIP(addr netip.Addr, f frontend, n int) {
 // addressVIP is the key of an address's own entry.
 func addressVIP(addr netip.Addr) lb.VIP { return lb.VIP{Addr: addr} }
 
+// yieldAddress has what is sent to other ports of an address left alone, before frontends there go, if another proxy
+// has the address now: it takes these ports. fixAddresses looks at the entry again.
+func (r *Reconciler) yieldAddress(addr netip.Addr) error {
+	_, foreign := r.foreign[addr]
+	if f, there := r.frontends[addressVIP(addr)]; !foreign || !there || f.flags == 0 {
+		return nil
+	}
+	r.addresses[addr] = struct{}{}
+	return r.putFrontend(addressVIP(addr), frontend{kind: lb.Address})
+}
+
+// sayElsewhere says that there are ClusterIPs outside of the prefixes, if an address is one.
+func (r *Reconciler) sayElsewhere(addr netip.Addr, at vipAt) error {
+	prefixes, elsewhere := r.maps.ServicePrefixes()
+	if at.clusterIPs == 0 || elsewhere || within(prefixes, addr) {
+		return nil
+	}
+	return r.maps.SetServicePrefixes(prefixes, true)
+}
+
 // writeAddress makes the entry of an address say what is there. That it is a ClusterIP the programs see only where
 // they look for one: so it is in a prefix, or they are told first that some are elsewhere.
 func (r *Reconciler) writeAddress(addr netip.Addr, at vipAt) error {
@@ -1089,10 +1115,8 @@ func (r *Reconciler) writeAddress(addr netip.Addr, at vipAt) error {
 			want.flags |= maps.AddressEcho
 		}
 	}
-	if prefixes, elsewhere := r.maps.ServicePrefixes(); at.clusterIPs > 0 && !elsewhere && !within(prefixes, addr) {
-		if err := r.maps.SetServicePrefixes(prefixes, true); err != nil {
-			return err
-		}
+	if err := r.sayElsewhere(addr, at); err != nil {
+		return err
 	}
 	vip := addressVIP(addr)
 	is, there := r.frontends[vip]

@@ -289,6 +289,58 @@ func TestNothingEndsBeforeTheGracePeriod(t *testing.T) {
 	}
 }
 
+// A Service that goes to another proxy, or comes from it: at no time a port is refused that one of the two serves.
+func TestHandedOver(t *testing.T) {
+	const service = `
+default/web:http/TCP IPv4
+  frontend 10.96.0.2:80/TCP ClusterIP
+  frontend 198.51.100.2:80/TCP LoadBalancer
+  backend 10.0.1.1:8080 active
+default/web:https/TCP IPv4
+  frontend 10.96.0.2:443/TCP ClusterIP
+  frontend 198.51.100.2:443/TCP LoadBalancer
+  backend 10.0.1.1:8443 active
+`
+	address := netip.MustParseAddr("10.96.0.2")
+	foreign := map[netip.Addr]bool{address: true, netip.MustParseAddr("198.51.100.2"): true}
+	for _, prefixes := range [][]netip.Prefix{{netip.MustParsePrefix("10.96.0.0/12")}, nil} {
+		g := testRig(t, small)
+		if err := g.setPrefixes(prefixes); err != nil {
+			t.Fatal(err)
+		}
+		g.setForeign(foreign)
+		g.mustApply(t)
+		g.fault = func(write string) error {
+			is, err := read(g.m)
+			if err != nil {
+				t.Fatal(err)
+			}
+			served := 0
+			for vip := range is.frontends {
+				if vip.Addr == address && vip.Port != 0 {
+					served++
+				}
+			}
+			entry, known := is.frontends[addressVIP(address)]
+			if !known || served < 2 && entry.Flags&maps.AddressClusterIP != 0 {
+				t.Errorf("prefixes %v, before a write of %s, after %q: %d ports of 2 are there, and the address says %+v",
+					prefixes, write, g.trace, served, entry)
+			}
+			return nil
+		}
+		for range 2 {
+			g.setForeign(map[netip.Addr]bool{})
+			g.desire(mustParse(t, service))
+			g.mustApply(t)
+			g.wantDump(t, g.desired)
+			g.setForeign(foreign)
+			g.desire(nil)
+			g.mustApply(t)
+			g.wantDump(t, g.desired)
+		}
+	}
+}
+
 // An id that a flow may still name is reused as late as possible, with another generation.
 func TestReuseOfBackendIDs(t *testing.T) {
 	g := testRig(t, maps.Sizes{Frontends: 8, Services: 4, Slots: 8, Backends: 5, Flows: 8})

@@ -290,6 +290,11 @@ func DialEcho(ctx context.Context, n *Namespace, source, at netip.AddrPort) (*Ec
 	if err != nil {
 		return nil, err
 	}
+	return GreetEcho(ctx, c)
+}
+
+// GreetEcho reads the greeting of a server that was connected to. When it fails, the connection is closed.
+func GreetEcho(ctx context.Context, c net.Conn) (*EchoConn, error) {
 	e := &EchoConn{Conn: c, reader: bufio.NewReader(c)}
 	stop := closeOn(ctx, c)
 	line, err := e.reader.ReadString('\n')
@@ -304,7 +309,7 @@ func DialEcho(ctx context.Context, n *Namespace, source, at netip.AddrPort) (*Ec
 	}
 	if err != nil {
 		c.Close()
-		return nil, fmt.Errorf("read the greeting of %v: %w", at, err)
+		return nil, fmt.Errorf("read the greeting of %v: %w", c.RemoteAddr(), err)
 	}
 	return e, nil
 }
