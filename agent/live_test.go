@@ -211,10 +211,10 @@ func (o *objects) text(t *testing.T) string {
 
 // The kinds of frontends that are asked at, and the ways to ask.
 const (
-	clusterIP = "ClusterIP"
-	nodePort  = "NodePort"
-	ingress   = "LoadBalancer"
-	external  = "external"
+	kindClusterIP = "ClusterIP"
+	kindNodePort  = "NodePort"
+	kindIngress   = "LoadBalancer"
+	kindExternal  = "external"
 
 	newTCP  = "a new connection"
 	longTCP = "a connection that was there"
@@ -279,13 +279,13 @@ func gone(gets outcome, which func(*caller) bool) func(*caller) outcome {
 	}
 }
 
-func at(kinds ...string) func(*caller) bool {
+func reachedAt(kinds ...string) func(*caller) bool {
 	return func(c *caller) bool { return slices.Contains(kinds, c.kind) }
 }
 
 // vanished is what is sent to a frontend that the agent knows no more: nobody has a cluster IP that no Service has.
 func vanished(c *caller) outcome {
-	if c.kind == clusterIP {
+	if c.kind == kindClusterIP {
 		return dropped
 	}
 	return untouched
@@ -300,7 +300,7 @@ func localTo(condition func(*caller) bool) func(*caller) string {
 	}
 }
 
-func (c *caller) externalFromOutside() bool { return c.kind != clusterIP && c.outside }
+func (c *caller) externalFromOutside() bool { return c.kind != kindClusterIP && c.outside }
 
 // step is a state of the manifest and what is seen of it.
 type step struct {
@@ -314,9 +314,9 @@ var edits = []struct {
 	steps []step
 }{
 	{"type", []step{
-		{func(o *objects) { o.service.Spec.Type = corev1.ServiceTypeNodePort }, want{gone: gone(untouched, at(ingress))}},
-		{(*objects).clusterIPOnly, want{gone: gone(untouched, at(ingress, nodePort))}},
-		{func(o *objects) { o.service.Spec.Type = corev1.ServiceTypeNodePort }, want{gone: gone(untouched, at(ingress))}},
+		{func(o *objects) { o.service.Spec.Type = corev1.ServiceTypeNodePort }, want{gone: gone(untouched, reachedAt(kindIngress))}},
+		{(*objects).clusterIPOnly, want{gone: gone(untouched, reachedAt(kindIngress, kindNodePort))}},
+		{func(o *objects) { o.service.Spec.Type = corev1.ServiceTypeNodePort }, want{gone: gone(untouched, reachedAt(kindIngress))}},
 		{func(o *objects) {
 			ports := o.service.Spec.Ports
 			o.service.Spec = corev1.ServiceSpec{Type: corev1.ServiceTypeExternalName, ExternalName: "elsewhere.example", Ports: ports}
@@ -325,14 +325,14 @@ var edits = []struct {
 			}
 		}, want{gone: vanished}},
 	}},
-	{"internalTrafficPolicy", []step{{(*objects).internalLocal, want{by: localTo(at(clusterIP))}}}},
+	{"internalTrafficPolicy", []step{{(*objects).internalLocal, want{by: localTo(reachedAt(kindClusterIP))}}}},
 	{"externalTrafficPolicy", []step{{(*objects).externalLocal, want{by: localTo((*caller).externalFromOutside)}}}},
 	{"both policies, with endpoints here and then none", []step{
 		{func(o *objects) { o.externalLocal(); o.internalLocal() }, want{
-			by: localTo(func(c *caller) bool { return c.kind == clusterIP || c.outside }),
+			by: localTo(func(c *caller) bool { return c.kind == kindClusterIP || c.outside }),
 		}},
 		{func(o *objects) { o.externalLocal(); o.internalLocal(); o.only(2) }, want{
-			gone:  gone(dropped, func(c *caller) bool { return c.kind == clusterIP || c.outside }),
+			gone:  gone(dropped, func(c *caller) bool { return c.kind == kindClusterIP || c.outside }),
 			by:    by("backend2"),
 			moves: "backend0 backend1",
 			keeps: true,
@@ -355,7 +355,7 @@ var edits = []struct {
 			switch {
 			case c.by == newTCP:
 				return served
-			case c.kind == clusterIP:
+			case c.kind == kindClusterIP:
 				return refused
 			}
 			return untouched
@@ -367,16 +367,16 @@ var edits = []struct {
 		}
 	}, want{gone: func(c *caller) outcome {
 		switch c.kind {
-		case nodePort:
+		case kindNodePort:
 			return served
-		case clusterIP:
+		case kindClusterIP:
 			return refused
 		}
 		return untouched
 	}}}}},
 	{"ports.targetPort, which is the port of the slices", []step{{func(o *objects) { o.targetPort(7008) }, want{by: by("other0 other1 other2"), moves: everybody}}}},
-	{"ports.nodePort", []step{{func(o *objects) { o.nodePort(30009) }, want{gone: gone(untouched, at(nodePort)), also: func(l *live) { l.reach(netip.MustParseAddrPort("192.0.2.1:30009")) }}}}},
-	{"allocateLoadBalancerNodePorts", []step{{func(o *objects) { o.nodePort(0) }, want{gone: gone(untouched, at(nodePort))}}}},
+	{"ports.nodePort", []step{{func(o *objects) { o.nodePort(30009) }, want{gone: gone(untouched, reachedAt(kindNodePort)), also: func(l *live) { l.reach(netip.MustParseAddrPort("192.0.2.1:30009")) }}}}},
+	{"allocateLoadBalancerNodePorts", []step{{func(o *objects) { o.nodePort(0) }, want{gone: gone(untouched, reachedAt(kindNodePort))}}}},
 	{"ipFamilies", []step{{(*objects).singleStack, want{gone: func(c *caller) outcome {
 		if c.family == 4 {
 			return served
@@ -386,24 +386,24 @@ var edits = []struct {
 	{"clusterIPs", []step{{func(o *objects) {
 		o.service.Spec.IPFamilyPolicy = new(corev1.IPFamilyPolicyPreferDualStack)
 		o.service.Spec.ClusterIPs = o.service.Spec.ClusterIPs[:1]
-	}, want{gone: gone(dropped, func(c *caller) bool { return c.kind == clusterIP && c.family == 6 })}}}},
-	{"externalIPs", []step{{func(o *objects) { o.externalIPs() }, want{gone: gone(untouched, at(external))}}}},
+	}, want{gone: gone(dropped, func(c *caller) bool { return c.kind == kindClusterIP && c.family == 6 })}}}},
+	{"externalIPs", []step{{func(o *objects) { o.externalIPs() }, want{gone: gone(untouched, reachedAt(kindExternal))}}}},
 	{"status.loadBalancer", []step{
-		{func(o *objects) { o.service.Status.LoadBalancer.Ingress = nil }, want{gone: gone(untouched, at(ingress))}},
+		{func(o *objects) { o.service.Status.LoadBalancer.Ingress = nil }, want{gone: gone(untouched, reachedAt(kindIngress))}},
 		{func(o *objects) {
 			o.service.Status.LoadBalancer.Ingress = o.service.Status.LoadBalancer.Ingress[:1]
-		}, want{gone: gone(untouched, func(c *caller) bool { return c.kind == ingress && c.family == 6 })}},
+		}, want{gone: gone(untouched, func(c *caller) bool { return c.kind == kindIngress && c.family == 6 })}},
 		{func(o *objects) {
 			for i := range o.service.Status.LoadBalancer.Ingress {
 				o.service.Status.LoadBalancer.Ingress[i].IPMode = new(corev1.LoadBalancerIPModeProxy)
 			}
-		}, want{gone: gone(untouched, at(ingress))}},
+		}, want{gone: gone(untouched, reachedAt(kindIngress))}},
 	}},
 	{"loadBalancerSourceRanges", []step{
 		{func(o *objects) { o.sourceRanges("192.0.2.0/24", "10.244.0.0/16", "fd00::/16") }, want{}},
-		{func(o *objects) { o.sourceRanges("10.244.0.0/16", "fd00:244::/32") }, want{gone: gone(dropped, func(c *caller) bool { return c.kind == ingress && c.outside }), keeps: true}},
+		{func(o *objects) { o.sourceRanges("10.244.0.0/16", "fd00:244::/32") }, want{gone: gone(dropped, func(c *caller) bool { return c.kind == kindIngress && c.outside }), keeps: true}},
 		{func(o *objects) { o.sourceRanges("192.0.2.0/24") }, want{
-			gone: gone(dropped, func(c *caller) bool { return c.kind == ingress && !c.outside && c.family == 4 }), keeps: true,
+			gone: gone(dropped, func(c *caller) bool { return c.kind == kindIngress && !c.outside && c.family == 4 }), keeps: true,
 		}},
 	}},
 	{"conditions: not ready", []step{
@@ -554,9 +554,9 @@ type live struct {
 }
 
 const (
-	pace     = 20 * time.Millisecond // between two requests of a caller
-	patience = 5 * time.Second       // with one that must be served
-	brief    = 60 * time.Millisecond // with one that may be dropped
+	pace    = 20 * time.Millisecond // between two requests of a caller
+	patient = 5 * time.Second       // with one that must be served
+	brief   = 60 * time.Millisecond // with one that may be dropped
 
 	firstPort, lastPort = 2000, 32000 // of new UDP sockets: those of other sockets are above
 )
@@ -606,7 +606,7 @@ func (l *live) run(ctx context.Context, c *caller) {
 				before, earlier = served, c.last
 			}
 		}
-		limit := patience
+		limit := patient
 		switch {
 		case max(before, after) > refused:
 			limit = brief
@@ -623,7 +623,7 @@ func (l *live) run(ctx context.Context, c *caller) {
 			when = "while it changes to " + when
 		}
 		// The port of a cluster IP that comes or goes may be a wrong one for a moment.
-		wrongPort := !settled && c.kind == clusterIP && max(before, after) == dropped && got == refused
+		wrongPort := !settled && c.kind == kindClusterIP && max(before, after) == dropped && got == refused
 		same := func(want outcome) bool { return want == got || want == untouched && got == dropped || wrongPort }
 		switch {
 		case got == dropped && (after == refused || before == refused) && c.overUDP(): // port unreachables are limited
@@ -670,7 +670,7 @@ func (l *live) note(p *phase, c *caller, servers, server string) {
 func (c *caller) ask(ctx context.Context, limit time.Duration, n int) (outcome, string, error) {
 	first, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
-	ctx, cancel = context.WithTimeout(ctx, patience)
+	ctx, cancel = context.WithTimeout(ctx, patient)
 	defer cancel()
 	text := fmt.Sprint("request ", n)
 	var server string
@@ -993,9 +993,9 @@ status: {addresses: [{type: InternalIP, address: 192.0.2.1}, {type: InternalIP, 
 		ports := &atomic.Uint32{}
 		for _, by := range []string{newTCP, longTCP, newUDP, longUDP} {
 			for _, f := range []struct{ kind, at string }{
-				{clusterIP, "10.96.0.10:7"}, {clusterIP, "[fd00:96::10]:7"}, {nodePort, "192.0.2.1:30007"}, {nodePort, "[fd00:c::1]:30007"},
-				{ingress, "198.51.100.10:7"}, {ingress, "[fd00:1b::10]:7"}, {external, "203.0.113.10:7"}, {external, "[fd00:e::10]:7"},
-				{clusterIP, talkVIP(20, 4).String()}, {clusterIP, talkVIP(20, 6).String()},
+				{kindClusterIP, "10.96.0.10:7"}, {kindClusterIP, "[fd00:96::10]:7"}, {kindNodePort, "192.0.2.1:30007"}, {kindNodePort, "[fd00:c::1]:30007"},
+				{kindIngress, "198.51.100.10:7"}, {kindIngress, "[fd00:1b::10]:7"}, {kindExternal, "203.0.113.10:7"}, {kindExternal, "[fd00:e::10]:7"},
+				{kindClusterIP, talkVIP(20, 4).String()}, {kindClusterIP, talkVIP(20, 6).String()},
 			} {
 				to := netip.MustParseAddrPort(f.at)
 				l.callers = append(l.callers, &caller{from: from, outside: from == l.Client, family: familyOf(to), kind: f.kind, by: by, to: to,
@@ -1049,8 +1049,8 @@ var fields = []field{
 	{"one port more", true, settings(nil, (*objects).onePortMore)},
 	{"names of ports", false, settings(nil, (*objects).portNames)},
 	{"targetPort", false, settings(nil, func(o *objects) { o.targetPort(7008) })},
-	{"nodePort", false, []setting{{}, {func(o *objects) { o.nodePort(30009) }, gone(untouched, at(nodePort))}}},
-	{"externalIPs", false, []setting{{}, {func(o *objects) { o.externalIPs() }, gone(untouched, at(external))}}},
+	{"nodePort", false, []setting{{}, {func(o *objects) { o.nodePort(30009) }, gone(untouched, reachedAt(kindNodePort))}}},
+	{"externalIPs", false, []setting{{}, {func(o *objects) { o.externalIPs() }, gone(untouched, reachedAt(kindExternal))}}},
 	{"conditions of 0", false, settings(nil, func(o *objects) { o.conditions(false, false, false, 0) }, func(o *objects) { o.conditions(false, true, true, 0) })},
 	{"conditions of 2", false, settings(nil, func(o *objects) { o.conditions(false, false, false, 2) }, func(o *objects) { o.conditions(false, true, true, 2) })},
 	{"hints", false, settings(nil, func(o *objects) { o.zones("there", "here", "there") }, func(o *objects) { o.zones("here", "here", "there") })},
