@@ -85,7 +85,8 @@ func Run(ctx context.Context, c Config) (err error) {
 	}
 	objects, err := source.New(source.Watches{
 		Services: folder.Services(), EndpointSlices: folder.EndpointSlices(), Pods: folder.Pods(), Nodes: folder.Nodes(),
-		Node: c.NodeName,
+		Node:   c.NodeName,
+		Latest: folder.Latest,
 	})
 	if err != nil {
 		return fmt.Errorf("follow the objects: %w", err)

@@ -12,6 +12,7 @@ import (
 	"log/slog"
 	"maps"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -45,6 +46,9 @@ type Watches struct {
 	Pods           cache.ListerWatcher
 	Nodes          cache.ListerWatcher
 	Node           string // the name of this node
+	// Latest returns the resourceVersions of the latest changes of the four, in their order here, no part of those
+	// that come together missing. nil: that is not to be known, as of an API server.
+	Latest func() [4]uint64
 }
 
 // Dirty is what may have changed. A name may be of an object that is gone.
@@ -65,6 +69,9 @@ const (
 	lull = 10 * time.Millisecond
 	// patience, in lulls, is how long Next waits for one.
 	patience = 10
+	// lateness is how long it waits for changes that are known to be on their way: on a busy machine one watch
+	// may be far behind another.
+	lateness = time.Second
 )
 
 // byService is the index of EndpointSlices by the Service that they are of.
@@ -86,6 +93,7 @@ type Objects struct {
 	told   bool // Next has returned once
 	dirty  map[concern]struct{}
 	began  []time.Time
+	seen   [4]uint64 // the latest resourceVersions that came, where Watches.Latest is known
 }
 
 // concern is what a change concerns.
@@ -112,7 +120,7 @@ func New(w Watches) (*Objects, error) {
 	o.slices = cache.NewSharedIndexInformer(w.EndpointSlices, &discoveryv1.EndpointSlice{}, 0, index)
 	o.pods = cache.NewSharedIndexInformer(w.Pods, &corev1.Pod{}, 0, cache.Indexers{})
 	o.nodes = cache.NewSharedIndexInformer(w.Nodes, &corev1.Node{}, 0, cache.Indexers{})
-	for _, kind := range []struct {
+	for i, kind := range []struct {
 		informer cache.SharedIndexInformer
 		concerns func(obj any) (concern, bool)
 	}{
@@ -132,7 +140,7 @@ func New(w Watches) (*Objects, error) {
 		if err := kind.informer.SetTransform(trim); err != nil {
 			return nil, fmt.Errorf("set up an informer: %w", err)
 		}
-		registration, err := kind.informer.AddEventHandler(o.handler(kind.concerns))
+		registration, err := kind.informer.AddEventHandler(o.handler(i, kind.concerns))
 		if err != nil {
 			return nil, fmt.Errorf("set up an informer: %w", err)
 		}
@@ -141,22 +149,57 @@ func New(w Watches) (*Objects, error) {
 	return o, nil
 }
 
-// handler marks as dirty what a change concerns, before it and after it.
-func (o *Objects) handler(concerns func(obj any) (concern, bool)) cache.ResourceEventHandler {
+// handler marks as dirty what a change of a watch concerns, before it and after it.
+func (o *Objects) handler(watch int, concerns func(obj any) (concern, bool)) cache.ResourceEventHandler {
 	return cache.ResourceEventHandlerFuncs{
-		AddFunc: func(obj any) { o.mark(concerns, began(obj), obj) },
+		AddFunc: func(obj any) {
+			o.mark(concerns, began(obj), obj)
+			o.see(watch, obj)
+		},
 		UpdateFunc: func(old, obj any) {
 			if !same(old.(metav1.Object), obj.(metav1.Object)) {
 				o.mark(concerns, began(obj), old, obj)
 			}
+			o.see(watch, obj)
 		},
 		DeleteFunc: func(obj any) {
 			if unseen, ok := obj.(cache.DeletedFinalStateUnknown); ok {
 				obj = unseen.Obj
 			}
 			o.mark(concerns, time.Time{}, obj) // what it has noted is when it changed last, not when it went
+			o.see(watch, obj)
 		},
 	}
+}
+
+// see notes how far a watch has come, where that is of use.
+func (o *Objects) see(watch int, obj any) {
+	if o.watches.Latest == nil {
+		return
+	}
+	// Of a source that knows the latest one, versions are numbers.
+	version, err := strconv.ParseUint(obj.(metav1.Object).GetResourceVersion(), 10, 64)
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if err == nil && version > o.seen[watch] {
+		o.seen[watch] = version
+	}
+}
+
+// behind tells whether changes are known to be on their way.
+func (o *Objects) behind() bool {
+	if o.watches.Latest == nil {
+		return false
+	}
+	latest := o.watches.Latest()
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	for i, version := range latest {
+		if o.seen[i] < version {
+			return true
+		}
+	}
+	return false
 }
 
 // began returns when the change of an EndpointSlice began, the zero time where that is not known.
@@ -239,20 +282,40 @@ func (o *Objects) Next(ctx context.Context) (Dirty, error) {
 }
 
 func (o *Objects) waitForLull(ctx context.Context) error {
-	quiet, enough := time.NewTimer(lull), time.NewTimer(patience*lull)
+	quiet, enough, late := time.NewTimer(lull), time.NewTimer(patience*lull), time.NewTimer(lateness)
 	defer quiet.Stop()
 	defer enough.Stop()
+	defer late.Stop()
 	for {
 		select {
 		case <-o.changed:
 			quiet.Reset(lull)
+			continue
 		case <-quiet.C:
-			return nil
 		case <-enough.C:
+		case <-late.C:
+			o.giveUp()
 			return nil
 		case <-ctx.Done():
 			return ctx.Err()
 		}
+		if !o.behind() {
+			return nil
+		}
+		quiet.Reset(lull)
+	}
+}
+
+// giveUp takes for seen what was waited for in vain: what came and went while a watch was broken has no event.
+func (o *Objects) giveUp() {
+	if o.watches.Latest == nil {
+		return
+	}
+	latest := o.watches.Latest()
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	for i, version := range latest {
+		o.seen[i] = max(o.seen[i], version)
 	}
 }
 

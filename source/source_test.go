@@ -131,6 +131,7 @@ func node(name, zone string) *corev1.Node {
 type world struct {
 	t                             *testing.T
 	services, slices, pods, nodes *server
+	latest                        func() [4]uint64 // nil: not known
 	objects                       *Objects
 }
 
@@ -139,7 +140,7 @@ func run(t *testing.T, before, test func(w *world)) {
 	synctest.Test(t, func(t *testing.T) {
 		w := &world{t: t, services: newServer(), slices: newServer(), pods: newServer(), nodes: newServer()}
 		before(w)
-		o, err := New(Watches{Services: w.services, EndpointSlices: w.slices, Pods: w.pods, Nodes: w.nodes, Node: "this"})
+		o, err := New(Watches{Services: w.services, EndpointSlices: w.slices, Pods: w.pods, Nodes: w.nodes, Node: "this", Latest: w.latest})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -406,6 +407,41 @@ func TestTogether(t *testing.T) {
 		}
 		w.has("a", "81 10.0.0.2")
 		w.expect("blocks")
+	})
+}
+
+// TestBehind: what is known to be on its way is waited for, however long a lull there is before it, and not for ever.
+func TestBehind(t *testing.T) {
+	var latest [4]uint64
+	run(t, func(w *world) {
+		w.services.set(service("a", 80))
+		w.slices.set(slice("a-1", "a", "10.0.0.1"))
+		latest = [4]uint64{1, 1}
+		w.latest = func() [4]uint64 { return latest }
+	}, func(w *world) {
+		next := func(want string, least, most time.Duration) {
+			t.Helper()
+			start := time.Now()
+			if _, err := w.objects.Next(w.t.Context()); err != nil {
+				w.t.Fatal(err)
+			}
+			w.has("a", want)
+			if took := time.Since(start); took < least || took > most {
+				w.t.Errorf("told of %s after %v", want, took)
+			}
+		}
+		w.expect("default/a")
+		const far = 3 * patience * lull
+		latest = [4]uint64{2, 2}
+		w.services.set(service("a", 81))
+		time.AfterFunc(far, func() { w.slices.set(slice("a-1", "a", "10.0.0.2")) })
+		next("81 10.0.0.2", far, far+2*lull)
+		latest = [4]uint64{3, 3}
+		w.services.set(service("a", 82))
+		next("82 10.0.0.2", lateness, lateness)
+		latest = [4]uint64{4, 3}
+		w.services.set(service("a", 83))
+		next("83 10.0.0.2", lull, lull)
 	})
 }
 

@@ -167,6 +167,14 @@ func (f *Folder) Pods() cache.ListerWatcher { return f.set.stores.kinds[pod] }
 // Nodes lists and watches the Nodes in force.
 func (f *Folder) Nodes() cache.ListerWatcher { return f.set.stores.kinds[node] }
 
+// Latest returns the resourceVersions of the latest changes of Services, EndpointSlices, Pods and Nodes. What is put
+// in force together is in it all or not at all.
+func (f *Folder) Latest() [4]uint64 {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return [4]uint64(f.set.stores.latest(service, endpointSlice, pod, node))
+}
+
 // Problems returns all that is wrong with the manifests now, by file.
 func (f *Folder) Problems() []lb.Problem {
 	f.mu.Lock()

@@ -114,6 +114,19 @@ func (s stores) announce() {
 	}
 }
 
+// latest returns the version of the latest change of each of some kinds, 0 where there was none.
+func (s stores) latest(kinds ...kind) []uint64 {
+	s.clock.mu.Lock()
+	defer s.clock.mu.Unlock()
+	versions := make([]uint64, len(kinds))
+	for i, k := range kinds {
+		if h := s.kinds[k].history; len(h) > 0 {
+			versions[i] = h[len(h)-1].version
+		}
+	}
+	return versions
+}
+
 // add appends to the history and gives the object its version.
 func (s *store) add(kind watch.EventType, o object) {
 	s.clock.last++
