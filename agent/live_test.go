@@ -631,7 +631,7 @@ func (l *live) run(ctx context.Context, c *caller) {
 		case got == refused && c.by == longTCP, got == failed, !same(after) && !same(before):
 			l.fail("%s: %s: %s, want %s; %s: %v", when, c, got, after, server, err)
 		case got == served && !(same(after) && names(servers, server) || same(before) && names(earlier, server)):
-			l.fail("%s: %s is served by %s, want one of %s", when, c, server, servers)
+			l.fail("%s: %s is served by %s, want one of %s; before, of %s", when, c, server, servers, earlier)
 		case settled && c.isNew() && got == served && !c.anchor:
 			l.note(p, c, servers, server)
 		}
