@@ -593,7 +593,7 @@ func (c *caller) allowed(w want) (outcome, string) {
 
 func names(list, name string) bool { return slices.Contains(strings.Fields(list), name) }
 
-// run asks until ctx ends.
+// run asks until ctx ends, and then has the last answer: the stack would see what is said of one that comes later.
 func (l *live) run(ctx context.Context, c *caller) {
 	defer c.gave.Store(true)
 	for n := 0; ctx.Err() == nil; n++ {
@@ -613,10 +613,7 @@ func (l *live) run(ctx context.Context, c *caller) {
 		case max(before, after) == refused && c.overUDP():
 			limit = time.Second // answers are limited
 		}
-		got, server, err := c.ask(ctx, limit, n)
-		if ctx.Err() != nil {
-			return
-		}
+		got, server, err := c.ask(limit, n)
 		l.total.Add(1)
 		when := p.name
 		if !settled {
@@ -667,10 +664,10 @@ func (l *live) note(p *phase, c *caller, servers, server string) {
 
 // ask makes one request, and waits for `limit` until it knows whether somebody serves it. A packet that had to be
 // sent again is a failure.
-func (c *caller) ask(ctx context.Context, limit time.Duration, n int) (outcome, string, error) {
-	first, cancel := context.WithTimeout(ctx, limit)
+func (c *caller) ask(limit time.Duration, n int) (outcome, string, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), patient)
 	defer cancel()
-	ctx, cancel = context.WithTimeout(ctx, patient)
+	first, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	text := fmt.Sprint("request ", n)
 	var server string
