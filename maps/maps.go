@@ -468,14 +468,29 @@ func (m *Maps) fault(name string) error {
 	return m.Fault(name)
 }
 
+// put writes an element of a hash.
+func (m *Maps) put(name string, to *ebpf.Map, key, value any) error {
+	if err := m.fault(name); err != nil {
+		return err
+	}
+	return to.Put(key, value)
+}
+
+// remove deletes an element of a hash; that there is none is no error.
+func (m *Maps) remove(name string, from *ebpf.Map, key any) error {
+	if err := m.fault(name); err != nil {
+		return err
+	}
+	if err := from.Delete(key); !errors.Is(err, ebpf.ErrKeyNotExist) {
+		return err
+	}
+	return nil
+}
+
 // SetFrontend writes one frontend, with the tag of its key.
 func (m *Maps) SetFrontend(k FrontendKey, f Frontend) error {
-	err := m.fault("frontends")
-	if err == nil {
-		f.KeyTag = k.Tag()
-		err = m.bpf.Frontends.Put(k, f)
-	}
-	if err != nil {
+	f.KeyTag = k.Tag()
+	if err := m.put("frontends", m.bpf.Frontends, k, f); err != nil {
 		return fmt.Errorf("write frontend %s: %w", k.VIP(), err)
 	}
 	return nil
@@ -483,11 +498,7 @@ func (m *Maps) SetFrontend(k FrontendKey, f Frontend) error {
 
 // DeleteFrontend removes one frontend; that there is none is no error.
 func (m *Maps) DeleteFrontend(k FrontendKey) error {
-	err := m.fault("frontends")
-	if err == nil {
-		err = m.bpf.Frontends.Delete(k)
-	}
-	if err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+	if err := m.remove("frontends", m.bpf.Frontends, k); err != nil {
 		return fmt.Errorf("delete frontend %s: %w", k.VIP(), err)
 	}
 	return nil
@@ -500,11 +511,7 @@ func (m *Maps) EachFrontend(yield func(FrontendKey, Frontend) bool) error {
 
 // SetServiceName gives a service id its name.
 func (m *Maps) SetServiceName(id uint32, n ServiceName) error {
-	err := m.fault("service_names")
-	if err == nil {
-		err = m.bpf.ServiceNames.Put(id, n)
-	}
-	if err != nil {
+	if err := m.put("service_names", m.bpf.ServiceNames, id, n); err != nil {
 		return fmt.Errorf("write name of service %d: %w", id, err)
 	}
 	return nil
@@ -512,11 +519,7 @@ func (m *Maps) SetServiceName(id uint32, n ServiceName) error {
 
 // DeleteServiceName takes the name of a service id away; that it has none is no error.
 func (m *Maps) DeleteServiceName(id uint32) error {
-	err := m.fault("service_names")
-	if err == nil {
-		err = m.bpf.ServiceNames.Delete(id)
-	}
-	if err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+	if err := m.remove("service_names", m.bpf.ServiceNames, id); err != nil {
 		return fmt.Errorf("delete name of service %d: %w", id, err)
 	}
 	return nil
@@ -602,11 +605,7 @@ func (m *Maps) clearStats(name string, b []byte, a *ebpf.Map, id uint32) error {
 
 // SetSourceRange lets clients of a prefix use the load balancer addresses of a service.
 func (m *Maps) SetSourceRange(service uint32, p netip.Prefix) error {
-	err := m.fault("source_ranges")
-	if err == nil {
-		err = m.bpf.SourceRanges.Put(sourceRangeOf(service, p), uint8(1))
-	}
-	if err != nil {
+	if err := m.put("source_ranges", m.bpf.SourceRanges, sourceRangeOf(service, p), uint8(1)); err != nil {
 		return fmt.Errorf("write source range %s of service %d: %w", p, service, err)
 	}
 	return nil
@@ -614,11 +613,7 @@ func (m *Maps) SetSourceRange(service uint32, p netip.Prefix) error {
 
 // DeleteSourceRange takes that back; that it was not said is no error.
 func (m *Maps) DeleteSourceRange(service uint32, p netip.Prefix) error {
-	err := m.fault("source_ranges")
-	if err == nil {
-		err = m.bpf.SourceRanges.Delete(sourceRangeOf(service, p))
-	}
-	if err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+	if err := m.remove("source_ranges", m.bpf.SourceRanges, sourceRangeOf(service, p)); err != nil {
 		return fmt.Errorf("delete source range %s of service %d: %w", p, service, err)
 	}
 	return nil
@@ -832,11 +827,7 @@ func (m *Maps) EachHalf(in Table, yield func(Tuple, Flow) bool) error {
 
 // SetDevice says which bridge a device is a port of.
 func (m *Maps) SetDevice(index uint32, d Device) error {
-	err := m.fault("devices")
-	if err == nil {
-		err = m.bpf.Devices.Put(index, d)
-	}
-	if err != nil {
+	if err := m.put("devices", m.bpf.Devices, index, d); err != nil {
 		return fmt.Errorf("write device %d: %w", index, err)
 	}
 	return nil
@@ -844,11 +835,7 @@ func (m *Maps) SetDevice(index uint32, d Device) error {
 
 // DeleteDevice says that a device is no port of a bridge; that nothing was said is no error.
 func (m *Maps) DeleteDevice(index uint32) error {
-	err := m.fault("devices")
-	if err == nil {
-		err = m.bpf.Devices.Delete(index)
-	}
-	if err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+	if err := m.remove("devices", m.bpf.Devices, index); err != nil {
 		return fmt.Errorf("delete device %d: %w", index, err)
 	}
 	return nil
@@ -861,11 +848,7 @@ func (m *Maps) EachDevice(yield func(index uint32, d Device) bool) error {
 
 // SetVLAN says which device a VLAN of another has.
 func (m *Maps) SetVLAN(k VLANKey, index uint32) error {
-	err := m.fault("vlans")
-	if err == nil {
-		err = m.bpf.Vlans.Put(k, index)
-	}
-	if err != nil {
+	if err := m.put("vlans", m.bpf.Vlans, k, index); err != nil {
 		return fmt.Errorf("write VLAN %d of device %d: %w", k.Id, k.Parent, err)
 	}
 	return nil
@@ -873,11 +856,7 @@ func (m *Maps) SetVLAN(k VLANKey, index uint32) error {
 
 // DeleteVLAN says that a VLAN has no device; that nothing was said is no error.
 func (m *Maps) DeleteVLAN(k VLANKey) error {
-	err := m.fault("vlans")
-	if err == nil {
-		err = m.bpf.Vlans.Delete(k)
-	}
-	if err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+	if err := m.remove("vlans", m.bpf.Vlans, k); err != nil {
 		return fmt.Errorf("delete VLAN %d of device %d: %w", k.Id, k.Parent, err)
 	}
 	return nil
