@@ -94,10 +94,11 @@ func (n ServiceName) String() string {
 func (n ServiceName) Compare(o ServiceName) int {
 	return cmp.Or(
 		cmp.Compare(n.Namespace, o.Namespace), cmp.Compare(n.Name, o.Name), cmp.Compare(n.Port, o.Port),
-		cmp.Compare(n.Protocol, o.Protocol), cmp.Compare(n.Family, o.Family), compareBool(n.Pod, o.Pod))
+		cmp.Compare(n.Protocol, o.Protocol), cmp.Compare(n.Family, o.Family), CompareBool(n.Pod, o.Pod))
 }
 
-func compareBool(a, b bool) int {
+// CompareBool orders false before true, as cmp.Compare does what has an order.
+func CompareBool(a, b bool) int {
 	switch {
 	case a == b:
 		return 0

@@ -273,21 +273,11 @@ func distinct(all []endpoint) []endpoint {
 		return cmp.Or(
 			a.addr.Compare(b.addr), cmp.Compare(b.use, a.use), cmp.Compare(b.weight, a.weight),
 			// The rest is for an order that is always the same.
-			compareBool(a.terminating, b.terminating), cmp.Compare(a.node, b.node), cmp.Compare(a.zone, b.zone),
+			lb.CompareBool(a.terminating, b.terminating), cmp.Compare(a.node, b.node), cmp.Compare(a.zone, b.zone),
 			slices.CompareFunc(a.nodes, b.nodes, func(a, b discoveryv1.ForNode) int { return cmp.Compare(a.Name, b.Name) }),
 			slices.CompareFunc(a.zones, b.zones, func(a, b discoveryv1.ForZone) int { return cmp.Compare(a.Name, b.Name) }))
 	})
 	return slices.CompactFunc(all, func(a, b endpoint) bool { return a.addr == b.addr })
-}
-
-func compareBool(a, b bool) int {
-	switch {
-	case a == b:
-		return 0
-	case a:
-		return 1
-	}
-	return -1
 }
 
 func deref[T any](p *T, otherwise T) T {
