@@ -47,42 +47,14 @@ func Smaller(w World, steps []Step) (ways []func(World, []Step) (World, []Step))
 	// The objects, in the world and in the edits.
 	service := func(name string, way func(*corev1.Service)) {
 		ways = append(ways, func(w World, steps []Step) (World, []Step) {
-			w.Services, steps = slices.Clone(w.Services), slices.Clone(steps)
-			for i, s := range w.Services {
-				if s.Name == name {
-					w.Services[i] = s.DeepCopy()
-					way(w.Services[i])
-				}
-			}
-			for i, s := range steps {
-				if s.Edit != nil && s.Edit.Service != nil && s.Edit.Service.Name == name {
-					e := *s.Edit
-					e.Service = e.Service.DeepCopy()
-					way(e.Service)
-					steps[i].Edit = &e
-				}
-			}
-			return w, steps
+			w.Services = changed(w.Services, name, way)
+			return w, changedEdits(steps, name, way, func(e *Edit) **corev1.Service { return &e.Service })
 		})
 	}
 	slice := func(name string, way func(*discoveryv1.EndpointSlice)) {
 		ways = append(ways, func(w World, steps []Step) (World, []Step) {
-			w.Slices, steps = slices.Clone(w.Slices), slices.Clone(steps)
-			for i, s := range w.Slices {
-				if s.Name == name {
-					w.Slices[i] = s.DeepCopy()
-					way(w.Slices[i])
-				}
-			}
-			for i, s := range steps {
-				if s.Edit != nil && s.Edit.Slice != nil && s.Edit.Slice.Name == name {
-					e := *s.Edit
-					e.Slice = e.Slice.DeepCopy()
-					way(e.Slice)
-					steps[i].Edit = &e
-				}
-			}
-			return w, steps
+			w.Slices = changed(w.Slices, name, way)
+			return w, changedEdits(steps, name, way, func(e *Edit) **discoveryv1.EndpointSlice { return &e.Slice })
 		})
 	}
 	names := map[string]bool{}
@@ -159,6 +131,44 @@ func Smaller(w World, steps []Step) (ways []func(World, []Step) (World, []Step))
 		slice(name, func(s *discoveryv1.EndpointSlice) { s.Annotations = nil })
 	}
 	return ways
+}
+
+// named is what objects are to these two.
+type named[T any] interface {
+	comparable
+	GetName() string
+	DeepCopy() T
+}
+
+// changed returns a copy of objects in which those of a name are others.
+func changed[T named[T]](all []T, name string, way func(T)) []T {
+	all = slices.Clone(all)
+	for i, o := range all {
+		if o.GetName() == name {
+			all[i] = o.DeepCopy()
+			way(all[i])
+		}
+	}
+	return all
+}
+
+// changedEdits is changed for the objects that edits put in; `of` is where an edit has one of the kind, if it has.
+func changedEdits[T named[T]](steps []Step, name string, way func(T), of func(*Edit) *T) []Step {
+	var none T
+	steps = slices.Clone(steps)
+	for i, s := range steps {
+		if s.Edit == nil {
+			continue
+		}
+		if o := *of(s.Edit); o != none && o.GetName() == name {
+			e := *s.Edit
+			to := of(&e)
+			*to = o.DeepCopy()
+			way(*to)
+			steps[i].Edit = &e
+		}
+	}
+	return steps
 }
 
 // without returns a copy without the element at i, if there is one.
