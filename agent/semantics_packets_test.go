@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"net/netip"
 
-	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
 	"github.com/lbagent/lbagent/internal/testenv"
@@ -320,15 +319,10 @@ func (s *rows) captured(c *testenv.PacketSocket) []testenv.Packet {
 }
 
 // mac is that of a device.
-func (s *rows) mac(h *testenv.Host, device string) (mac testenv.MAC) {
+func (s *rows) mac(h *testenv.Host, device string) testenv.MAC {
 	s.t.Helper()
-	if err := h.Do(func() error {
-		link, err := netlink.LinkByName(device)
-		if err == nil {
-			copy(mac[:], link.Attrs().HardwareAddr)
-		}
-		return err
-	}); err != nil {
+	mac, err := h.MAC(device)
+	if err != nil {
 		s.t.Fatal(err)
 	}
 	return mac

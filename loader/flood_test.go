@@ -13,8 +13,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/vishvananda/netlink"
-
 	"github.com/lbagent/lbagent/internal/testenv"
 	"github.com/lbagent/lbagent/maps"
 )
@@ -193,14 +191,8 @@ func flooded(t *testing.T, kind string, newLab func(t *testing.T) *testenv.Lab) 
 // flood sends until it is told to stop, in batches, from a thread that keeps a CPU to itself as far as it can,
 // and returns how many packets it sent.
 func flood(t *testing.T, l *testenv.Lab, kind string, stop *atomic.Bool) int {
-	var to testenv.MAC
-	if err := l.Node.Do(func() error {
-		link, err := netlink.LinkByName(l.Client.NodeDevice)
-		if err == nil {
-			copy(to[:], link.Attrs().HardwareAddr)
-		}
-		return err
-	}); err != nil {
+	to, err := l.Node.MAC(l.Client.NodeDevice)
+	if err != nil {
 		t.Error(err)
 		return 0
 	}

@@ -211,14 +211,8 @@ func TestHeadersOutOfReach(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	var to testenv.MAC
-	if err := l.Node.Do(func() error {
-		link, err := netlink.LinkByName(l.Client.NodeDevice)
-		if err == nil {
-			copy(to[:], link.Attrs().HardwareAddr)
-		}
-		return err
-	}); err != nil {
+	to, err := l.Node.MAC(l.Client.NodeDevice)
+	if err != nil {
 		t.Fatal(err)
 	}
 	capture, err := testenv.Capture(backend.Namespace, "eth0")

@@ -74,6 +74,16 @@ func newNamespace(name string) (_ *Namespace, err error) {
 	return n, n.setUp("lo")
 }
 
+// MAC returns the MAC address of a device.
+func (n *Namespace) MAC(device string) (mac MAC, err error) {
+	link, err := n.links.LinkByName(device)
+	if err != nil {
+		return mac, fmt.Errorf("find %s in %s: %w", device, n.Name, err)
+	}
+	copy(mac[:], link.Attrs().HardwareAddr)
+	return mac, nil
+}
+
 // Close lets go of the namespace; it ends when its last socket and process do.
 func (n *Namespace) Close() error {
 	if n.links != nil {
