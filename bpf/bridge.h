@@ -112,10 +112,8 @@ static __always_inline bool quoted_tuple(ctx_t *ctx, __u32 offset, __u8 family, 
 /* tuple_is_translated tells whether this is what the stack sees of a flow that is another one outside. */
 static __always_inline bool tuple_is_translated(const struct tuple *t, __u64 now)
 {
-	struct flow *flow = flow_lookup(FLOWS, t, now);
+	struct flow *flow = flow_find(t, now);
 
-	if (!flow)
-		flow = flow_lookup(PENDING, t, now);
 	return flow && flow->hook == AT_EGRESS;
 }
 

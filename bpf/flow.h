@@ -82,6 +82,14 @@ static __always_inline struct flow *flow_lookup(enum table table, const struct t
 	return flow && flow_alive(flow, t->protocol, table, now) ? flow : NULL;
 }
 
+/* flow_find returns the living entry of a tuple in either table, the assured one before the other. */
+static __always_inline struct flow *flow_find(const struct tuple *t, __u64 now)
+{
+	struct flow *flow = flow_lookup(FLOWS, t, now);
+
+	return flow ? flow : flow_lookup(PENDING, t, now);
+}
+
 /* flow_closing tells whether a SYN on this flow begins another connection. */
 static __always_inline bool flow_closing(const struct flow *flow)
 {
@@ -332,12 +340,6 @@ static __always_inline void ended_remove(const struct change *change)
 	}
 }
 
-/* tuple_is_key tells whether some living flow has this tuple for a key. */
-static __always_inline bool tuple_is_key(const struct tuple *t, __u64 now)
-{
-	return flow_lookup(FLOWS, t, now) || flow_lookup(PENDING, t, now);
-}
-
 /* expired_remove removes an entry of `flows` that has expired and is in the way of a new flow's promotion. */
 static __always_inline void expired_remove(const struct tuple *key, const struct tuple *to,
 					   const struct change *change)
@@ -382,7 +384,7 @@ __noinline enum claim flow_try(void)
 	other = flow_lookup(FLOWS, &change->u_back, change->now_ns);
 	if ((other && !half_is(other, &change->t_back)) ||
 	    (!identity && !tuple_equal(&change->u, &change->t) &&
-	     tuple_is_key(&change->u, change->now_ns))) {
+	     flow_find(&change->u, change->now_ns))) {
 		if (claimed == CLAIM_NEW)
 			bpf_map_delete_elem(&pending, &change->u_back);
 		return CLAIM_TAKEN;
@@ -435,11 +437,7 @@ static __always_inline bool flow_keeps(const struct backend *backend, struct bac
  * another flow's by now. */
 static __always_inline bool reply_is_there(const struct change *change)
 {
-	struct flow *flow = flow_lookup(FLOWS, &change->old_back, change->now_ns);
-
-	if (!flow)
-		flow = flow_lookup(PENDING, &change->old_back, change->now_ns);
-	return half_is(flow, &change->t_back);
+	return half_is(flow_find(&change->old_back, change->now_ns), &change->t_back);
 }
 
 /* flow_choose chooses change->backend for a new flow to change->frontend; `hash` is its tuple's. Not 0: why it gets
@@ -509,9 +507,7 @@ static __always_inline enum reason flow_open_locked(struct change *change)
 
 	change->now_ns = clock_now();
 	hash = tuple_hash(&change->t);
-	flow = flow_lookup(FLOWS, &change->t, change->now_ns);
-	if (!flow)
-		flow = flow_lookup(PENDING, &change->t, change->now_ns);
+	flow = flow_find(&change->t, change->now_ns);
 	if (flow) {
 		change->u = flow->to;
 		if (!(flow->hook & AT_INGRESS))
