@@ -72,7 +72,8 @@ func (a *agent) sweep(ctx context.Context) error {
 }
 
 // walk looks at every entry of `pending` and then of `flows` (copies go that way), has counted what they have carried
-// since the last walk, has removed what may go, and pauses between chunks. What was alive when it began counts as alive: another walk comes.
+// since the last walk, has removed what may go, and pauses between chunks. What was alive when it began counts as
+// alive: another walk comes.
 func (a *agent) walk(ctx context.Context, pause time.Duration) (walk, error) {
 	w := walk{named: map[uint32]struct{}{}}
 	now, err := maps.Now()

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 
 // Package api is the admin socket of the agent: HTTP and JSON over a unix socket that only root can open.
-// `GET /v1/status` answers with a [Status], `GET /v1/services/NAMESPACE/NAME` with a list of [Service]. The types here are those that server and client share, and what
-// `lbagent status -o json` prints; their keys are a contract.
+// `GET /v1/status` answers with a [Status], `GET /v1/services/NAMESPACE/NAME` with a list of [Service]. The types
+// here are those that server and client share, and what `lbagent status -o json` prints; their keys are a contract.
 package api
 
 import (

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 
 // Package source keeps the Kubernetes objects that services are made of, as a list and watch of each kind
-// delivers them, and tells what a change concerns: Services, Pods with hostPorts, or this node. Where they come from, a folder or an API server,
-// makes no difference here.
+// delivers them, and tells what a change concerns: Services, Pods with hostPorts, or this node. Where they come from,
+// a folder or an API server, makes no difference here.
 package source
 
 import (
