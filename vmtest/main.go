@@ -98,9 +98,8 @@ func run(ctx context.Context) error {
 		})
 	}
 	group.Wait()
-	fmt.Println()
+	fmt.Printf("\nconsoles and output: %s\n", logs)
 	print(os.Stdout, results)
-	fmt.Printf("consoles and output: %s\n", logs)
 	if *update {
 		if err := updateCounts(filepath.Join(module, "loader", "testdata", "instructions.txt"), results); err != nil {
 			return err

@@ -164,10 +164,9 @@ func (r *result) follow(suite string, events io.Reader, watch *watchdog) {
 func (r *result) count(t *tally, e event, parent bool, output []string) {
 	switch {
 	case e.Action == "fail":
-		fmt.Printf("%s: FAIL %s\n%s\n", r.kernel.name, e.Test, strings.Join(output, "\n"))
 		if !parent || len(output) > 0 {
 			t.failed++
-			r.fail("%s failed", e.Test)
+			r.fail("%s failed\n\t%s", e.Test, strings.Join(output[:min(len(output), saidLines)], "\n\t"))
 		}
 	case e.Action == "skip":
 		reason := "no reason"
@@ -216,11 +215,17 @@ func cutLast(test string) (parent, name string, sub bool) {
 // ok tells whether all that was to run did, and passed.
 func (r *result) ok() bool { return len(r.errors) == 0 }
 
-// saidLines is enough for the goroutines of a test; the output file has them all.
+// saidLines is enough for what a test says, and for its goroutines; the output file has them all.
 const saidLines = 200
 
-// print writes the table of all kernels, and below it what was skipped and why, and what failed.
+// print writes the consoles of guests that failed, the table of all kernels, what was skipped and why, and what
+// failed: last, so that a log that was cut to its end still has it.
 func print(w io.Writer, results []*result) {
+	for _, r := range results {
+		if !r.ok() && len(r.console) > 0 {
+			fmt.Fprintf(w, "%s: the last lines of its console:\n\t%s\n", r.kernel.name, strings.Join(r.console, "\n\t"))
+		}
+	}
 	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 	fmt.Fprintln(t, "KERNEL\tRUNG\tPASSED\tFAILED\tSKIPPED\tSECONDS\tRUNNER")
 	for _, r := range results {
@@ -251,14 +256,11 @@ func print(w io.Writer, results []*result) {
 		}
 	}
 	for _, r := range results {
-		for _, e := range r.errors {
-			fmt.Fprintf(w, "%s: %s\n", r.kernel.name, e)
-		}
 		if said := r.said[:min(len(r.said), saidLines)]; len(said) > 0 {
 			fmt.Fprintf(w, "%s: what did not end said:\n\t%s\n", r.kernel.name, strings.Join(said, "\n\t"))
 		}
-		if len(r.errors) > 0 && len(r.console) > 0 {
-			fmt.Fprintf(w, "%s: the last lines of its console:\n\t%s\n", r.kernel.name, strings.Join(r.console, "\n\t"))
+		for _, e := range r.errors {
+			fmt.Fprintf(w, "%s: %s\n", r.kernel.name, e)
 		}
 	}
 }
