@@ -52,22 +52,25 @@ func TestRefused(t *testing.T) {
 		l := newLab(t, c)
 		for _, from := range append(l.clients(), l.Backends...) {
 			for family, at := range l.deserted() {
-				ctx, cancel := context.WithTimeout(l.context(), 900*time.Millisecond) // before a SYN is sent again
-				defer cancel()
-				if conn, err := from.DialContext(ctx, "tcp", at.String()); !errors.Is(err, unix.ECONNREFUSED) {
+				before := l.reasons()["no_backend"]
+				if conn, err := from.DialContext(l.context(), "tcp", at.String()); !errors.Is(err, unix.ECONNREFUSED) {
 					t.Errorf("TCP, IPv%d, from %s: %v, want a refusal", family, from.Name, err)
 					if err == nil {
 						conn.Close()
 					}
 				}
-				udp, err := testenv.DialUDP(ctx, from.Namespace, netip.AddrPort{}, at)
+				udp, err := testenv.DialUDP(l.context(), from.Namespace, netip.AddrPort{}, at)
 				if err != nil {
 					t.Fatal(err)
 				}
-				if _, err := udp.Ask(ctx, at, "hello"); !errors.Is(err, unix.ECONNREFUSED) {
+				if _, err := udp.Ask(l.context(), at, "hello"); !errors.Is(err, unix.ECONNREFUSED) {
 					t.Errorf("UDP, IPv%d, from %s: %v, want a refusal", family, from.Name, err)
 				}
 				udp.Close()
+				// Nobody had to send again.
+				if packets := l.reasons()["no_backend"] - before; packets != 2 {
+					t.Errorf("IPv%d, from %s: %d packets were refused, want 2", family, from.Name, packets)
+				}
 			}
 		}
 	})
@@ -192,13 +195,20 @@ func TestErrorChecksum(t *testing.T) {
 					l.rig.slots(id-96, id)
 					at = netip.AddrPortFrom(at.Addr(), 82)
 					l.rig.frontend(at, id-96)
-					ctx, cancel := context.WithTimeout(l.context(), 100*time.Millisecond)
-					if conn, err := dialNear(ctx, from, at); err == nil {
-						conn.Close()
+					ctx, cancel := context.WithCancel(l.context())
+					dialed := make(chan error, 1)
+					go func() {
+						conn, err := dialNear(ctx, from, at)
+						if err == nil {
+							conn.Close()
+						}
+						dialed <- err
+					}()
+					f, quoted := find(at, map[int]uint8{4: 11, 6: 3}[family])
+					cancel()
+					if <-dialed == nil {
 						t.Fatalf("IPv%d: a connection whose packets live one hop", family)
 					}
-					cancel()
-					f, quoted := find(at, map[int]uint8{4: 11, 6: 3}[family])
 					if f.Unfinished != unfinished {
 						t.Fatalf("the checksum is still to be finished: %v", f.Unfinished)
 					}

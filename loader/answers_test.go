@@ -268,8 +268,7 @@ func TestICMPLimit(t *testing.T) {
 		r.address(f.vip.Addr(), maps.AddressEcho)
 		udp := testenv.DatagramUDP(f.client, f.vip, "hello").Bytes()
 		// flood returns how many of `packets` are answered before the first that is not, and how many in all.
-		flood := func(packets int) (first, total int, took time.Duration) {
-			start := time.Now()
+		flood := func(packets int) (first, total int) {
 			limited := false
 			for range packets {
 				if verdict, _ := r.runOnly("pod_in", udp); verdict == sentBack {
@@ -281,18 +280,22 @@ func TestICMPLimit(t *testing.T) {
 					first++
 				}
 			}
-			return first, total, time.Since(start)
+			return first, total
 		}
-		check := func(what string, tokens, packets int, idle time.Duration) {
+		// check floods after it has been idle, with some tokens left from before.
+		check := func(what string, idle time.Duration, left uint64, tokens int) {
 			t.Helper()
-			first, total, took := flood(packets)
+			const packets = 3000
+			start := time.Now()
+			r.setLimit(icmpLimit{LastNs: monotonic(t) - uint64(idle), Tokens: left})
+			first, total := flood(packets)
+			took := time.Since(start)
 			most := min(50, tokens+int((idle+tick)/time.Millisecond)) + int((took+tick)/time.Millisecond)
 			if first < tokens || total > most {
 				t.Errorf("%s, %s: %d errors, then %d of %d in %v; want at least %d, then at most %d", f.name, what, first, total, packets, took, tokens, most)
 			}
 		}
-		r.setLimit(icmpLimit{})
-		check("a full bucket", 50, 3000, 0)
+		check("a full bucket", 0, 50, 50)
 		// Resets and echo replies are not limited, nor do they take from it.
 		r.setLimit(emptied(t))
 		if got := r.run("pod_in", udp); got.Verdict != drop || got.Reason != "reject_limited" {
@@ -304,10 +307,8 @@ func TestICMPLimit(t *testing.T) {
 			ping := echo(f.client, f.vip, "hello")
 			r.answers("pod_in", ping.Bytes(), "echo", replyOf(ping))
 		}
-		r.setLimit(icmpLimit{LastNs: monotonic(t) - uint64(20*time.Millisecond), Tokens: 0})
-		check("after 20 ms", 20-int(tick/time.Millisecond), 3000, 20*time.Millisecond)
-		r.setLimit(icmpLimit{LastNs: monotonic(t) - uint64(time.Hour), Tokens: 7})
-		check("after an hour", 50, 3000, time.Hour)
+		check("after 20 ms", 20*time.Millisecond, 0, 20-int(tick/time.Millisecond))
+		check("after an hour", time.Hour, 7, 50)
 	}
 }
 

@@ -1125,7 +1125,7 @@ func TestReopenLostReply(t *testing.T) {
 
 // TestTimeouts: how long an entry of each state lives.
 func TestTimeouts(t *testing.T) {
-	const moment = time.Second
+	const moment = 3 * time.Second
 	for _, f := range families {
 		for _, state := range []struct {
 			name  string
@@ -1291,7 +1291,7 @@ func TestClash(t *testing.T) {
 // been left unanswered for the timeout, the client's next packet is answered with a reset.
 func TestSilentBackend(t *testing.T) {
 	for _, f := range families {
-		const moment = 100 * time.Millisecond
+		const moment = time.Second
 		begin := func(t *testing.T) *talk {
 			r := newRig(t)
 			r.service(f)

@@ -413,7 +413,7 @@ func TestAffinityRecord(t *testing.T) {
 			{"id of another port", func(r *rig) { r.usable(1, 1, netip.AddrPortFrom(f.backend.Addr(), 9), bothScopes) }, false},
 			{"record of another address", func(r *rig) { r.remember(func(a *maps.Affinity) { a.Address[15]++ }) }, false},
 			{"record of no backend", func(r *rig) { r.remember(func(a *maps.Affinity) { a.Backend = 1 << 30 }) }, false},
-			{"almost too old", older(affinityTimeout - time.Second), true},
+			{"almost too old", older(affinityTimeout - 3*time.Second), true},
 			{"too old", older(affinityTimeout), false},
 			{"from the future", older(-time.Second), true}, // another CPU's clock
 			{"forgotten", func(r *rig) { r.clearAffinity() }, false},
