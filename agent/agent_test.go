@@ -393,6 +393,24 @@ func TestLife(t *testing.T) {
 	}
 }
 
+// TestMapsBeforePrograms: no device has programs while the maps do not say yet what the folder does.
+func TestMapsBeforePrograms(t *testing.T) {
+	s := newSite(t)
+	s.write("web.yaml", s.manifest("web", 10, 2))
+	t.Setenv(childPause, "20ms")
+	s.start(s.config)
+	status := s.eventually(func(status api.Status) string {
+		if len(status.Programs) == 0 {
+			return "no programs"
+		}
+		return ""
+	})
+	if !status.Source.Synced || status.Apply.LastApply.IsZero() {
+		t.Errorf("%d programs are attached; source %+v, apply %+v", len(status.Programs), status.Source, status.Apply)
+	}
+	s.request(10)
+}
+
 func (s *site) pinned() (status api.Status) {
 	s.t.Helper()
 	if err := s.Node.Do(func() (err error) { status, err = api.FromPins(s.config.BPFRoot); return err }); err != nil {

@@ -122,7 +122,9 @@ func (a *agent) run(ctx context.Context) error {
 			a.reconciler.BeginSweep()
 		case w := <-a.sweepEnds:
 			a.endSweep(w)
-			a.attach() // others' filters, and what others did to ours, are told by nobody
+			if a.synced { // before, the maps are not right
+				a.attach() // others' filters, and what others did to ours, are told by nobody
+			}
 		case <-changed: // problems or what is held
 		case <-listening: // problems
 		case <-a.release.due():
