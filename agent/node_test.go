@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/netip"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -102,8 +103,8 @@ func (s *site) echo() {
 	}
 }
 
-// inForce waits until an agent has put a file's latest content in force: until the addresses in it are the
-// active backends, and nothing is left to do.
+// inForce waits until an agent has put a file's latest content in force: until the slots of both protocols name the
+// addresses in it, and nothing is left to do. Status says so only of before the writes that are under way.
 func (s *site) inForce(manifest string) {
 	s.t.Helper()
 	deadline := time.Now().Add(time.Minute)
@@ -112,10 +113,11 @@ func (s *site) inForce(manifest string) {
 		missing := fmt.Sprint(err)
 		if err == nil {
 			missing = ""
-			active := map[string]bool{}
-			for _, b := range m.EachBackend() {
+			active, chosen := map[lb.VIP]bool{}, map[lb.VIP]bool{}
+			for id, b := range m.EachBackend() {
 				if b.Life.State == maps.BackendActive {
-					active[b.Addr().Addr().String()] = true
+					active[b.VIP()] = true
+					chosen[b.VIP()] = slices.Contains(m.Slots(m.Service(b.Service).Cluster), id)
 				}
 			}
 			for _, h := range s.Backends {
@@ -123,8 +125,11 @@ func (s *site) inForce(manifest string) {
 					a := h.Addr(family).String()
 					line, rest, _ := strings.Cut(manifest, fmt.Sprintf("%q]\n", a))
 					want := line != manifest && !strings.HasPrefix(rest, "  conditions")
-					if active[a] != want {
-						missing = fmt.Sprintf("backend %s active: %v, want %v", a, active[a], want)
+					for _, p := range []lb.Protocol{lb.TCP, lb.UDP} {
+						at := lb.VIP{Addr: h.Addr(family), Port: 7007, Protocol: p}
+						if active[at] != want || chosen[at] != want {
+							missing = fmt.Sprintf("backend %s active: %v, chosen: %v, want %v", at, active[at], chosen[at], want)
+						}
 					}
 				}
 			}
@@ -133,7 +138,7 @@ func (s *site) inForce(manifest string) {
 		status, err := api.NewClient(s.config.Socket).Status(s.t.Context())
 		if err != nil {
 			missing = err.Error()
-		} else if status.Apply.Pending > 0 || len(status.Programs) == 0 {
+		} else if status.Apply.Pending > 0 || status.Apply.LastApply.IsZero() || len(status.Programs) == 0 {
 			missing = "the agent is at work"
 		}
 		if missing == "" {
