@@ -23,6 +23,9 @@ import (
 
 // What the programs answer themselves: resets, port unreachable, echo replies, and what a pod says to itself.
 
+// tick is of the programs' clock, which may be late by one.
+const tick = 10 * time.Millisecond
+
 // icmpLimit is struct icmp_limit of a CPU.
 type icmpLimit struct{ LastNs, Tokens uint64 }
 
@@ -261,7 +264,6 @@ func TestICMPLimit(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer unix.SchedSetaffinity(0, &all)
-	const tick = 10 * time.Millisecond // the programs' clock may be late by one
 	for _, f := range families {
 		r := newRig(t)
 		r.frontend(f.vip, 1)
@@ -574,9 +576,9 @@ func TestHairpin(t *testing.T) {
 		h.down(ack, 5016, 1016)
 		if h.protocol == lb.TCP {
 			h.up(ack, 1016, 5021, "forward")
-			h.age(silentBackend - time.Second)
+			h.age(silentBackend - 10*time.Second)
 			h.down(ack, 5021, 1021)
-			h.age(2 * time.Second)
+			h.age(20 * time.Second)
 			h.up(ack, 1021, 5026, "forward")
 			h.age(silentBackend + time.Second)
 			p := h.packet(h.f.client, h.vip, ack, 1026, 5026)

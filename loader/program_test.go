@@ -35,7 +35,7 @@ const (
 	sentBack = 7              // TC_ACT_REDIRECT
 )
 
-const silentBackend = 5 * time.Second
+const silentBackend = 30 * time.Second
 
 // family is one IP family's addresses, so that every test is written once.
 type family struct {
@@ -1291,7 +1291,7 @@ func TestClash(t *testing.T) {
 // been left unanswered for the timeout, the client's next packet is answered with a reset.
 func TestSilentBackend(t *testing.T) {
 	for _, f := range families {
-		const moment = time.Second
+		const moment = 10 * time.Second
 		begin := func(t *testing.T) *talk {
 			r := newRig(t)
 			r.service(f)
