@@ -122,7 +122,8 @@ func TestReach(t *testing.T) {
 	for _, from := range l.clients() {
 		for family, vip := range l.vips {
 			seen := map[string]map[string]int{"tcp": {}, "udp": {}}
-			for range 30 {
+			const least, most = 10, 100 // flows
+			for i := 0; i < least || i < most && (len(seen["tcp"]) < 3 || len(seen["udp"]) < 3); i++ {
 				c := testenv.NewHTTPClient(from.Namespace, netip.AddrPort{})
 				a, err := c.Who(l.context(), vip)
 				c.Close()
@@ -149,7 +150,7 @@ func TestReach(t *testing.T) {
 			}
 			for protocol, servers := range seen {
 				if len(servers) != 3 {
-					t.Errorf("%s of %s by %s: 30 flows reached %v", protocol, vip, from.Name, servers)
+					t.Errorf("%s of %s by %s: %d flows reached %v", protocol, vip, from.Name, most, servers)
 				}
 			}
 		}
@@ -317,7 +318,8 @@ func TestReset(t *testing.T) {
 						t.Errorf("%s, IPv%d: %v after %v, want a reset", c.from.Name, c.family, err, took)
 					}
 					// Of the retransmissions after 200, 400, ... ms one comes within twice the timeout, or later where all is slow.
-					if took < labSilentBackend || took > 10*labSilentBackend {
+					// The programs' clock is late by up to a tick when the first one goes.
+					if took < labSilentBackend-tick || took > 10*labSilentBackend {
 						t.Errorf("%s, IPv%d: the reset came after %v", c.from.Name, c.family, took)
 					}
 				})
