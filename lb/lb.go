@@ -214,7 +214,7 @@ type Service struct {
 	InternalLocal, ExternalLocal bool
 	Affinity                     time.Duration // how long a client keeps its backend; whole seconds, 0: not at all
 	// SourceRanges are the clients that reach its frontends of kind LoadBalancer: masked, of the service's
-	// family, sorted, none twice. nil: all do.
+	// family, sorted, none twice. nil: all do, or it has no such frontend.
 	SourceRanges []netip.Prefix
 }
 

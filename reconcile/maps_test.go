@@ -176,9 +176,10 @@ func (c content) check() error {
 func (c content) checkVersions(versions map[lb.ServiceName][]lb.Service) error {
 	var errs []error
 	bad := func(format string, args ...any) { errs = append(errs, fmt.Errorf(format, args...)) }
-	led := map[uint32]bool{}
+	led, balances := map[uint32]bool{}, map[uint32]bool{}
 	for _, f := range c.frontends {
 		led[f.Service] = true
+		balances[f.Service] = balances[f.Service] || lb.Kind(f.Kind) == lb.LoadBalancer
 	}
 	for id, name := range c.names {
 		if !led[id] || len(versions[name]) == 0 {
@@ -200,6 +201,9 @@ func (c content) checkVersions(versions map[lb.ServiceName][]lb.Service) error {
 			client := netip.MustParseAddr(client)
 			got := c.policies[id].Flags&maps.HasSourceRanges == 0 || within(c.sources[id], client)
 			if !slices.ContainsFunc(versions[name], func(svc lb.Service) bool {
+				if svc.SourceRanges == nil && balances[id] && !balanced(svc) {
+					return false // there is nobody whom it lets in
+				}
 				return got == (svc.SourceRanges == nil || within(svc.SourceRanges, client))
 			}) {
 				bad("%s: %s is let in: %t, and should not be, by any version", name, client, got)
@@ -207,6 +211,11 @@ func (c content) checkVersions(versions map[lb.ServiceName][]lb.Service) error {
 		}
 	}
 	return errors.Join(errs...)
+}
+
+// balanced tells whether a service has an address of a load balancer.
+func balanced(svc lb.Service) bool {
+	return slices.ContainsFunc(svc.Frontends, func(f lb.Frontend) bool { return f.Kind == lb.LoadBalancer })
 }
 
 // verdict is what becomes of a new flow of a service with these backends.

@@ -380,7 +380,33 @@ func (r *Reconciler) wanted(name lb.ServiceName) (lb.Service, bool) {
 		}
 		slices.SortFunc(svc.Backends, func(a, b lb.Backend) int { return a.Addr.Compare(b.Addr) })
 	}
+	if r.guarded(s) {
+		svc.SourceRanges = []netip.Prefix{}
+		for _, p := range sorted(s.ranges, netip.Prefix.Compare) {
+			if s.ranges[p] {
+				svc.SourceRanges = append(svc.SourceRanges, p)
+			}
+		}
+	}
 	return svc, ok || s.kept || len(s.keptBackends) > 0
+}
+
+// guarded tells whether source ranges stay in force though the service that is desired has none: it has no load
+// balancer address any more, and so none to guard, but one still leads to it, which would be open to all.
+func (r *Reconciler) guarded(s *service) bool {
+	svc := r.desired[s.name]
+	return !s.kept && svc.SourceRanges == nil && r.maps.Service(s.id).Policy.Flags&maps.HasSourceRanges != 0 && r.balances(s) &&
+		!slices.ContainsFunc(svc.Frontends, func(f lb.Frontend) bool { return f.Kind == lb.LoadBalancer })
+}
+
+// balances tells whether an address of a load balancer leads to a service.
+func (r *Reconciler) balances(s *service) bool {
+	for vip := range s.frontends {
+		if r.frontends[vip].kind == lb.LoadBalancer {
+			return true
+		}
+	}
+	return false
 }
 
 // policyOf returns the policy of a service as the maps have it.
@@ -416,7 +442,8 @@ func tableOf(svc lb.Service, scope balance.Scope) []int {
 //     where no service refers to. A client that session affinity brings may come to such a backend some writes
 //     before the slots do.
 //  2. A service gets its name, then source ranges in addition to those that it has: they let in who was let in
-//     before, or is to be. Only now a policy may say that there are any.
+//     before, or is to be. Only now a policy may say that there are any. Where the last address that they guard goes,
+//     it goes on saying so until the grace period has ended.
 //  3. The slots of each scope, and the policy, are replaced by one store each (newSlots and switchService say in
 //     which order). What they replace is still there: slots, source ranges, and backends usable in all scopes of
 //     before and after. No flow has to look again: a policy, an algorithm and weights are about new ones.
@@ -912,7 +939,7 @@ func (r *Reconciler) countUsable(s *service, n int) {
 // settled tells whether nothing of a service has to go after the grace period: no backend, no scope in which one is
 // usable, no slots of the scope Local, no source range.
 func (r *Reconciler) settled(s *service, svc lb.Service) bool {
-	if len(s.backends) != len(svc.Backends) || !r.localIdle(s) {
+	if len(s.backends) != len(svc.Backends) || !r.localIdle(s) || r.guarded(s) {
 		return false
 	}
 	for _, b := range svc.Backends {
@@ -1283,6 +1310,10 @@ func (r *Reconciler) settle(s *service) error {
 			r.slots.release(local)
 			s.slots[balance.Local] = maps.SlotRange{}
 		}
+	}
+	if policy := r.maps.Service(s.id).Policy; stays && svc.SourceRanges == nil && policy.Flags&maps.HasSourceRanges != 0 && !r.balances(s) {
+		policy.Flags &^= maps.HasSourceRanges // what they guarded is gone
+		errs = append(errs, r.setPolicy(s, policy, nil))
 	}
 	errs = append(errs, r.deleteRanges(s), r.settleBackends(s, svc.Backends))
 	if err := errors.Join(errs...); err != nil || stays || len(s.backends)+len(s.frontends) > 0 || s.damaged {
