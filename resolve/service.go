@@ -170,7 +170,8 @@ func sourceRanges(spec *corev1.ServiceSpec) (ranges map[lb.Family][]netip.Prefix
 }
 
 // healthCheck returns what a load balancer that asks for the local endpoints of a Service is told, nil where
-// none is to ask. Ready ones alone count: a load balancer is to turn away from a node where they drain.
+// none is to ask. Ready ones alone count, and not those of weight 0: a load balancer is to turn away from a node
+// where they drain, or where what it sends would be dropped.
 func healthCheck(name Name, spec *corev1.ServiceSpec, endpointSlices []weighted, externalLocal bool, host *reader) *lb.HealthCheck {
 	port, ok := portNumber(spec.HealthCheckNodePort)
 	if !ok || spec.Type != corev1.ServiceTypeLoadBalancer || !externalLocal {
@@ -184,7 +185,7 @@ func healthCheck(name Name, spec *corev1.ServiceSpec, endpointSlices []weighted,
 				continue
 			}
 			for _, e := range chosen(service, endpointSlices, true, host) {
-				if e.use == ready && e.local == "" {
+				if e.use == ready && e.local == "" && e.share() > 0 {
 					local[e.addr.Addr()] = struct{}{}
 				}
 			}

@@ -395,6 +395,8 @@ func TestHealthCheckNodePort(t *testing.T) {
 		return sliceOf(family, portOf(name, "TCP", 8080), endpoints...)
 	}
 	some := []*discoveryv1.EndpointSlice{slice("IPv4", "a", endpointOn("here", "10.0.0.1", "---"))}
+	weightless := some[0].DeepCopy()
+	weightless.Annotations = map[string]string{weightsAnnotation: "10.0.0.1=0"}
 	for _, tt := range []struct {
 		name   string
 		svc    *corev1.Service
@@ -416,6 +418,8 @@ func TestHealthCheckNodePort(t *testing.T) {
 		}, 3},
 		{"ready ones alone, on this node", local(), []*discoveryv1.EndpointSlice{slice("IPv4", "a",
 			endpointOn("here", "10.0.0.1", "nyy"), endpointOn("there", "10.0.0.2", "---"), endpointOn("here", "10.0.0.3", "nyn"))}, 0},
+		{"none of weight 0, which takes no new client", local(), []*discoveryv1.EndpointSlice{weightless, slice("IPv4", "b",
+			endpointOn("here", "10.0.0.2", "---"))}, 1},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			table := NewTable(Options{})
