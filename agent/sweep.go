@@ -53,7 +53,7 @@ func (a *agent) sweep(ctx context.Context) error {
 		}
 		if err == nil {
 			last, failure = w.entries, ""
-			a.flows.Store(&last)
+			a.flows.Store(&w.entries) // not &last, which the next walk writes to
 			select {
 			case a.sweepEnds <- w:
 			case <-ctx.Done():
