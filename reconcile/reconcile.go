@@ -776,8 +776,10 @@ func (r *Reconciler) newKeys(name lb.ServiceName, backends []lb.Backend, reserve
 	}
 	slices.SortFunc(keys, lb.VIP.Compare)
 	keys = slices.Compact(keys)
-	for _, b := range backends {
-		if vip := ownVIP(name, b.Addr); r.backendsAt[vip] == 0 && !slices.Contains(keys, vip) {
+	frontends := keys
+	for _, b := range backends { // no two of them have one address
+		vip := ownVIP(name, b.Addr)
+		if _, among := slices.BinarySearchFunc(frontends, vip, lb.VIP.Compare); r.backendsAt[vip] == 0 && !among {
 			before := len(keys)
 			need(vip)
 			own += len(keys) - before
