@@ -95,7 +95,8 @@ func TestScripts(t *testing.T) {
 	})
 }
 
-// answers is an agent that knows default/web, and of two Services that wait for another's addresses.
+// answers is an agent that knows default/web, two Services that wait for another's addresses, and one that the maps
+// have no room for.
 type answers struct{}
 
 func (answers) Status() (api.Status, error) { return api.Status{Running: true}, nil }
@@ -132,6 +133,9 @@ func (answers) Services(_ context.Context, namespace, name string) ([]api.Servic
 			Service: lb.Service{Name: late},
 			Waiting: []lb.Waiting{{Frontend: at("10.96.0.10:80", lb.ClusterIP), Holder: web}},
 		}}), nil
+	case "default/full":
+		full := lb.ServiceName{Namespace: "default", Name: "full", Protocol: lb.TCP, Family: lb.IPv4}
+		return api.ServicesOf([]lb.View{{Service: lb.Service{Name: full, Frontends: []lb.Frontend{at("10.96.0.11:80", lb.ClusterIP)}}}}), nil
 	}
 	return []api.Service{}, nil
 }

@@ -20,6 +20,7 @@ type service struct {
 	Frontends []api.Frontend `json:"frontends"` // by address
 	Backends  []backend      `json:"backends"`  // by address; those that are removed are not listed
 	*known
+	written []api.Frontend // those that the maps have, where Frontends are those that the agent knows
 }
 
 // known is what only an agent knows.
@@ -57,6 +58,14 @@ func (s service) active(f api.Frontend) int {
 		}
 	}
 	return n
+}
+
+// inForce tells whether a frontend is in the maps, and not only known to the agent: there may be no room for it.
+func (s service) inForce(f api.Frontend) bool {
+	return s.known == nil || slices.ContainsFunc(s.written, func(is api.Frontend) bool {
+		is.Scope = f.Scope
+		return is == f
+	})
 }
 
 // count returns how many backends are in a state, as [backend.State] names it.

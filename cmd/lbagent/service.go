@@ -119,7 +119,11 @@ func showServices(w io.Writer, services []service) {
 		}
 		rows := [][]string{{"ADDRESS", "KIND", "SCOPE", "STATE"}}
 		for _, f := range s.Frontends {
-			rows = append(rows, []string{addrPort(f), f.Kind, f.Scope, "in force"})
+			state := "in force"
+			if !s.inForce(f) {
+				state = "not written: see lbagent status"
+			}
+			rows = append(rows, []string{addrPort(f), f.Kind, f.Scope, state})
 		}
 		if s.known != nil {
 			for _, f := range s.Waiting {
@@ -233,7 +237,7 @@ func with(services []service, answers []api.Service) []service {
 			i = len(services) - 1
 		}
 		s := &services[i]
-		s.Policy, s.Frontends = a.Policy, a.Frontends
+		s.Policy, s.Frontends, s.written = a.Policy, a.Frontends, s.Frontends
 		s.known = &known{a.Algorithm, a.Waiting, a.Endpoints}
 	}
 	return services
