@@ -134,7 +134,8 @@ func mapsOf(m *maps.Maps, flows *FlowCounts) ([]Map, error) {
 	}
 	err = m.EachServiceName(func(id uint32, _ maps.ServiceName) bool {
 		services++
-		slots += int(m.Service(id).Cluster.Count)
+		s := m.Service(id)
+		slots += int(s.Cluster.Count + s.Local.Count)
 		return true
 	})
 	if err != nil {

@@ -204,10 +204,13 @@ func fill(dir string) error {
 			return err
 		}
 	}
-	if err := m.SetSlots(1, []uint32{1}); err != nil {
+	if err := m.SetSlots(1, []uint32{1, 1}); err != nil {
 		return err
 	}
 	if err := m.SetServiceCluster(1, maps.SlotRange{First: 1, Count: 1}); err != nil {
+		return err
+	}
+	if err := m.SetServiceLocal(1, maps.SlotRange{First: 2, Count: 1}); err != nil {
 		return err
 	}
 
