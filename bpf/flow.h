@@ -808,7 +808,7 @@ static __always_inline void flow_note(const struct pkt *pkt, struct flow *flow,
 		flow_set_state(state);
 		return;
 	}
-	if (aged)
+	if (aged && !(state & FLOW_MOVED)) /* that one expires whatever comes */
 		flow->last_seen_ns = now;
 	if (!twin) {
 		if ((table == FLOWS || !reply) && !flow_closing(flow)) {

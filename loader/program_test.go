@@ -1004,6 +1004,30 @@ func TestMovedBack(t *testing.T) {
 	}
 }
 
+// TestMovedExpires: a backend that a flow has left may go on sending for as long as it likes; the old reply half
+// expires, also while the new flow is not assured.
+func TestMovedExpires(t *testing.T) {
+	for _, f := range families {
+		r := newRig(t)
+		r.service(f)
+		r.backend(2, 1, f.backend2, maps.BackendActive, 1)
+		up, down := testenv.DatagramUDP(f.client, f.vip, "hello"), testenv.DatagramUDP(f.backend, f.client, "stream")
+		out := with(down, func(p *testenv.Packet) { p.Source = f.vip })
+		r.run("node_in", up.Bytes())
+		r.run("node_out", down.Bytes())
+		r.run("node_in", up.Bytes())
+		r.slots(1, 2)
+		r.must(r.maps.SetBackendLife(1, maps.BackendLife{Generation: 2, State: maps.BackendRemoved, Port: f.backend.Port()}))
+		r.run("node_in", up.Bytes())
+		for range 4 { // 8 of its 10 seconds
+			r.age(2 * time.Second)
+			r.expect("node_out", down.Bytes(), pass, "reply", out.Bytes())
+		}
+		r.age(3 * time.Second)
+		r.expect("node_out", down.Bytes(), pass, "no_flow", down.Bytes())
+	}
+}
+
 // TestPortReuse: a SYN on a connection that has ended, or whose entry is past its timeout though still in the
 // table, selects anew.
 func TestPortReuse(t *testing.T) {
