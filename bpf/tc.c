@@ -252,7 +252,7 @@ open:
 	if (table == FLOWS && !frontend.kind)
 		frontend = frontend_lookup(pkt.tuple.destination, pkt.tuple.destination_port,
 					   pkt.tuple.protocol);
-	if (!frontend.kind)
+	if (!frontend.kind || (foreign && frontend.kind != KIND_IDENTITY))
 		goto gone;
 	return ingress_open(ctx, &pkt, frontend, device == NODE);
 gone:

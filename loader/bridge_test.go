@@ -203,6 +203,38 @@ func TestUplinkIsPort(t *testing.T) {
 	}
 }
 
+// TestUplinkIsPortDirect: a client behind the cable has talked straight to a backend through this host and does so past
+// it now. What it sends is the bridge's to carry, though its address has become a Service's.
+func TestUplinkIsPortDirect(t *testing.T) {
+	for _, f := range families {
+		for name, ids := range map[string][]uint32{"another backend": {2}, "no backend": nil} {
+			t.Run(f.name+"/"+name, func(t *testing.T) {
+				r := newPort(t)
+				r.identity(f.backend)
+				segment := func(to testenv.MAC, flags uint8, seq, ack uint32) []byte {
+					p := testenv.SegmentTCP(f.client, f.backend, flags)
+					p.Seq, p.Ack = seq, ack
+					return sentTo(to, p).Bytes()
+				}
+				r.run("node_in", segment(bridgeMAC, testenv.SYN, 1000, 0))
+				answer := testenv.SegmentTCP(f.backend, f.client, testenv.SYN|testenv.ACK)
+				answer.Seq, answer.Ack = 5000, 1001
+				r.run("node_out", answer.Bytes())
+				r.run("node_in", segment(bridgeMAC, testenv.ACK, 1001, 5001))
+				r.run("node_in", segment(bridgeMAC, testenv.RST, 1001, 0))
+				if flow, in := r.flow(f.client, f.backend, lb.TCP); in != "flows" || flow.State == 0 {
+					t.Fatalf("the flow is in %q, state %d; want flows, closing", in, flow.State)
+				}
+				r.backend(2, 1, f.backend2, maps.BackendActive, 1)
+				r.slots(1, ids...)
+				r.frontend(f.backend, 1)
+				syn := segment(otherMAC, testenv.SYN, 9000, 0)
+				r.expect("node_in", syn, pass, "no_service", syn)
+			})
+		}
+	}
+}
+
 // redirect is what a router says to `to` about a frame that it has sent.
 func redirect(t *testing.T, f family, to netip.Addr, frame []byte) testenv.Packet {
 	t.Helper()
