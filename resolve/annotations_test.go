@@ -214,7 +214,7 @@ func TestSourceRanges(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			svc := tcp80("10.96.0.1", "fd00:96::1")
-			svc.Spec.Type, svc.Spec.LoadBalancerSourceRanges = tt.typ, tt.ranges
+			svc.Spec.Type, svc.Spec.LoadBalancerSourceRanges, svc.Spec.Ports[0].NodePort = tt.typ, tt.ranges, 30080
 			svc.Status.LoadBalancer.Ingress = []corev1.LoadBalancerIngress{{IP: "192.0.2.1"}, {IP: "2001:db8::1"}}
 			o := resolveAt(Host{}, svc, nil)
 			for family, want := range map[lb.Family]string{lb.IPv4: tt.v4, lb.IPv6: tt.v6} {

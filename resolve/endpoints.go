@@ -171,8 +171,8 @@ func unusable(e *endpoint, noneReady bool) string {
 }
 
 // hints says what the hints of the ready endpoints mean for one of them here: why it is not chosen, "" where
-// it is. They mean something only where all have them and some bring to this node; a hint to the node goes
-// before one to its zone. Where none is ready they mean nothing.
+// it is. They mean something only where all have them and some bring to this node, by more than endpoints of
+// weight 0; a hint to the node goes before one to its zone. Where none is ready they mean nothing.
 func hints(all []endpoint, host *reader) func(*endpoint) string {
 	forNode := func(e *endpoint) bool {
 		return slices.ContainsFunc(e.nodes, func(h discoveryv1.ForNode) bool { return h.Name == host.name() })
@@ -184,7 +184,8 @@ func hints(all []endpoint, host *reader) func(*endpoint) string {
 	for i := range all {
 		if e := &all[i]; e.use == ready {
 			nodes, zones = nodes && len(e.nodes) > 0, zones && len(e.zones) > 0
-			toNode, toZone = toNode || forNode(e), toZone || forZone(e)
+			takes := e.share() > 0 // one that takes nobody brings nobody
+			toNode, toZone = toNode || takes && forNode(e), toZone || takes && forZone(e)
 		}
 	}
 	switch {

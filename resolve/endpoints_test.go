@@ -263,6 +263,35 @@ func hintedTo(hints string, e discoveryv1.Endpoint) discoveryv1.Endpoint {
 	return e
 }
 
+// TestTopologyOfWeightless: the hint of an endpoint that takes nobody, the first here, does not turn clients away from
+// those that do.
+func TestTopologyOfWeightless(t *testing.T) {
+	n := nodeOf(Host{Name: "n1", Zone: "a"})
+	for _, tt := range []struct {
+		name  string
+		hints []string
+		want  []string // why not, in the scope Cluster
+	}{
+		{"to this zone, alone", []string{"z:a", "z:b"}, []string{"weight 0", ""}},
+		{"to this zone, beside another", []string{"z:a", "z:a", "z:b"}, []string{"weight 0", "", "hinted to another zone"}},
+		{"to this node: by zone", []string{"n:n1 z:b", "n:n2 z:a"}, []string{"hinted to another zone", ""}},
+		{"none: all", []string{"", "z:a", "z:b"}, []string{"weight 0", "", ""}},
+	} {
+		slice := sliceOf("IPv4", portOf("http", "TCP", 8080))
+		slice.Annotations = map[string]string{weightsAnnotation: "10.0.0.1=0"}
+		for i, h := range tt.hints {
+			slice.Endpoints = append(slice.Endpoints, hintedTo(h, endpointOn("n1", fmt.Sprintf("10.0.0.%d", i+1), "yyn")))
+		}
+		var got []string
+		for _, e := range viewEndpoints(web, []*discoveryv1.EndpointSlice{slice}, &Options{}, &n) {
+			got = append(got, e.Cluster)
+		}
+		if diff := cmp.Diff(tt.want, got); diff != "" {
+			t.Errorf("%s (-want +got):\n%s", tt.name, diff)
+		}
+	}
+}
+
 // chosenText says what becomes of the endpoints 10.0.0.x: "1: yes | on another node".
 func chosenText(n *node, endpoints []discoveryv1.Endpoint) []string {
 	slice := sliceOf("IPv4", portOf("http", "TCP", 8080), endpoints...)

@@ -110,7 +110,7 @@ func TestLoadBalancerAddresses(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			svc := tcp80("10.96.0.1")
-			svc.Spec.Type = tt.typ
+			svc.Spec.Type, svc.Spec.Ports[0].NodePort = tt.typ, 30080
 			svc.Status.LoadBalancer.Ingress = []ingress{tt.ingress}
 			o := resolveAt(Host{}, svc, nil)
 			want := append([]string{"ClusterIP 10.96.0.1:80/TCP"}, tt.want...)
@@ -143,7 +143,8 @@ func TestExternalIPs(t *testing.T) {
 			t.Run(tt.name+", "+string(typ), func(t *testing.T) {
 				table := NewTable(Options{ExternalIPsAllow: tt.allow})
 				svc := tcp80("10.96.0.1")
-				svc.Spec.Type, svc.Spec.ExternalIPs = typ, []string{tt.ip}
+				svc.Spec.Type, svc.Spec.ExternalIPs, svc.Spec.Ports[0].NodePort = typ, []string{tt.ip}, 30080
+				svc.Status.LoadBalancer.Ingress = []corev1.LoadBalancerIngress{{Hostname: "web.example"}}
 				table.Update(defaultWeb, svc, nil)
 				want := append([]string{"ClusterIP 10.96.0.1:80/TCP"}, tt.want...)
 				if diff := cmp.Diff(want, shortFrontends(table.objects[ref{Name: defaultWeb}])); diff != "" {
@@ -176,7 +177,8 @@ func TestOneAddressGivenTwice(t *testing.T) {
 		for _, second := range given[i+1:] {
 			t.Run(fmt.Sprintf("%s and %s", first.kind, second.kind), func(t *testing.T) {
 				svc := tcp80("10.96.0.1")
-				svc.Spec.Type = "LoadBalancer"
+				svc.Spec.Type, svc.Spec.AllocateLoadBalancerNodePorts = "LoadBalancer", new(false)
+				svc.Status.LoadBalancer.Ingress = []corev1.LoadBalancerIngress{{Hostname: "web.example"}}
 				second.give(svc)
 				first.give(svc)
 				o := resolveAt(Host{NodePorts: addrs(addr)}, svc, nil)

@@ -298,6 +298,10 @@ func TestNotYetServed(t *testing.T) {
 		{"SCTP", func(s *corev1.Service) {
 			s.Spec.Ports = append(s.Spec.Ports, corev1.ServicePort{Name: "sctp", Protocol: "SCTP", Port: 80})
 		}, nil, []string{"not yet: spec.ports[1].protocol"}},
+		{"no node port", func(s *corev1.Service) { s.Spec.Type = "NodePort" }, nil, []string{"not yet: spec.ports[0].nodePort"}},
+		{"no load balancer address", func(s *corev1.Service) {
+			s.Spec.Type, s.Spec.AllocateLoadBalancerNodePorts, s.Spec.ExternalTrafficPolicy = "LoadBalancer", new(false), "Local"
+		}, nil, []string{"not yet: spec.healthCheckNodePort", "not yet: status.loadBalancer"}},
 		{"selector without a slice", func(s *corev1.Service) { s.Spec.Selector = map[string]string{"app": "web"} },
 			nil, []string{"not yet: spec.selector"}},
 		{"selector with a slice", func(s *corev1.Service) { s.Spec.Selector = map[string]string{"app": "web"} },

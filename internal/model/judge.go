@@ -605,7 +605,8 @@ func usable(scope []endpoint) (all []endpoint, ready bool) {
 
 // cluster is the scope Cluster, with the row "topology": only ready endpoints count. If every ready endpoint carries a
 // node hint and one names this node: those. Else if every ready endpoint carries a zone hint and one names this node's
-// zone: those. Else all. No zone label on this node: zone rule off. No ready endpoint: hints off.
+// zone: those. Else all. No zone label on this node: zone rule off. No ready endpoint: hints off. Hints of endpoints that
+// all have weight 0 name nothing.
 func (w World) cluster(all []endpoint) []endpoint {
 	all, ready := usable(all)
 	if !ready {
@@ -617,7 +618,11 @@ func (w World) cluster(all []endpoint) []endpoint {
 				return nil
 			}
 		}
-		return where(all, func(e endpoint) bool { return slices.Contains(hints(e), name) })
+		near := where(all, func(e endpoint) bool { return slices.Contains(hints(e), name) })
+		if !slices.ContainsFunc(near, func(e endpoint) bool { return e.weight > 0 }) {
+			return nil
+		}
+		return near
 	}
 	if here := hinted(func(e endpoint) []string { return e.nodes }, w.Host.Name); len(here) > 0 {
 		return here
