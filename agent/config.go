@@ -53,10 +53,9 @@ type Config struct {
 // Defaults fills in what is not set and has a default.
 func (c *Config) Defaults() {
 	if c.NodeName == "" {
-		// As kube-proxy does; that it fails is seen by Validate.
-		name, _ := os.Hostname()
-		c.NodeName = strings.ToLower(name)
+		c.NodeName, _ = os.Hostname() // that it fails is seen by Validate
 	}
+	c.NodeName = strings.ToLower(strings.TrimSpace(c.NodeName)) // as kube-proxy and the kubelet do
 	c.Devices.Defaults()
 	if c.NodePortAddresses == nil {
 		c.NodePortAddresses = []string{"primary", "localhost"}
