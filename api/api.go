@@ -57,7 +57,7 @@ type Source struct {
 
 // Apply is how far the maps are what the source says.
 type Apply struct {
-	Pending   int       `json:"pending"`             // services whose change is not yet in the maps
+	Pending   int       `json:"pending"`             // services, backends, addresses and prefixes that the maps do not have as they should
 	Failures  uint64    `json:"failures"`            // since the agent's start
 	LastError string    `json:"lastError,omitempty"` // of the last try, if that failed
 	LastApply time.Time `json:"lastApply,omitzero"`  // the last that did not fail
