@@ -248,7 +248,7 @@ func validateLoadBalancer(svc *corev1.Service, path *field.Path) (errs field.Err
 	only("allocateLoadBalancerNodePorts", spec.AllocateLoadBalancerNodePorts != nil)
 	only("loadBalancerClass", spec.LoadBalancerClass != nil)
 	for i, r := range spec.LoadBalancerSourceRanges {
-		errs = append(errs, validation.IsValidCIDRForLegacyField(path.Child("loadBalancerSourceRanges").Index(i), r, true, nil)...)
+		errs = append(errs, validation.IsValidCIDRForLegacyField(path.Child("loadBalancerSourceRanges").Index(i), r, false, nil)...)
 	}
 	if c := spec.LoadBalancerClass; c != nil {
 		errs = append(errs, metavalidation.ValidateLabelName(*c, path.Child("loadBalancerClass"))...)
@@ -375,7 +375,7 @@ func validateNode(n *corev1.Node) (errs field.ErrorList) {
 		}
 	}
 	for i, c := range n.Spec.PodCIDRs {
-		errs = append(errs, validation.IsValidCIDRForLegacyField(field.NewPath("spec", "podCIDRs").Index(i), c, true, nil)...)
+		errs = append(errs, validation.IsValidCIDRForLegacyField(field.NewPath("spec", "podCIDRs").Index(i), c, false, nil)...)
 	}
 	return errs
 }
