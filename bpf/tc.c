@@ -203,7 +203,8 @@ static __always_inline int ingress(ctx_t *ctx, enum device_role device)
 				return detour(ctx, &pkt, flow, &to);
 			}
 			/* To a client that has been answered its connection is there, and goes on without
-			 * the Service, as those in `flows` do. */
+			 * the Service, as those in `flows` do. At an address that is in no service prefix
+			 * it has passed above: every stranger's packet would pay for that look. */
 			if (pkt.tuple.protocol != PROTOCOL_TCP || pkt_is_syn(&pkt))
 				return ingress_stranger(ctx, &pkt, reason);
 		}

@@ -242,7 +242,7 @@ enum flow_state {
 	FLOW_BACKEND_FIN = 2,
 	FLOW_CLIENT_RST = 4, /* in sequence; taken back by the next packet of the same side */
 	FLOW_BACKEND_RST = 8,
-	FLOW_RST_AHEAD = 16, /* one that is not the next in sequence: believed for an hour */
+	FLOW_RST_AHEAD = 16, /* not the next in sequence; taken back by any packet */
 	FLOW_MOVED = 32, /* reply half: its client's tuple leads elsewhere now */
 };
 
