@@ -528,11 +528,8 @@ static __always_inline enum reason flow_open_locked(struct change *change)
 		}
 		tuple_invert(&change->old_back, &change->u);
 	} else if (change->flags & CHANGE_RST) {
-		/* Straight to a backend it may end a connection that is older than the agent, unless the backend
-		 * knows another flow by this tuple. */
-		tuple_invert(&change->t_back, &change->t);
-		if (change->flags & CHANGE_IDENTITY && !flow_find(&change->t_back, change->now_ns))
-			return REASON_DIRECT;
+		/* One straight to a backend too: the client may send it because a translated flow has lost its
+		 * reply half, and the backend spoke first. */
 		return REASON_STRAY_RST;
 	}
 

@@ -688,30 +688,6 @@ func TestDirectFragments(t *testing.T) {
 	}
 }
 
-// TestDirectReset: a reset straight to a backend, of a connection that no flow is known of: it may be older than the
-// agent, and passes. But where a translated flow looks the same to the backend it would end that.
-func TestDirectReset(t *testing.T) {
-	for _, f := range families {
-		r := newRig(t)
-		r.service(f)
-		r.identity(f.backend)
-		reset := testenv.SegmentTCP(f.client, f.backend, testenv.RST).Bytes()
-		for range 2 {
-			r.expect("node_in", reset, pass, "direct", reset)
-		}
-		for _, in := range []maps.Table{maps.Pending, maps.Flows} {
-			if keys := r.keys(in); len(keys) != 0 {
-				t.Errorf("%s: it has begun a flow: %v", f.name, keys)
-			}
-		}
-		r.talk(f).send(testenv.SYN, "new_flow")
-		r.expect("node_in", reset, drop, "stray_rst", nil)
-		r.clearFlows()
-		r.talk(f).open()
-		r.expect("node_in", reset, drop, "stray_rst", nil)
-	}
-}
-
 // TestNoBackend: what a service without endpoints does, and that nothing of it is remembered.
 func TestNoBackend(t *testing.T) {
 	for _, f := range families {
