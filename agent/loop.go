@@ -14,6 +14,7 @@ import (
 
 	"github.com/lbagent/lbagent/api"
 	"github.com/lbagent/lbagent/health"
+	"github.com/lbagent/lbagent/lb"
 	"github.com/lbagent/lbagent/loader"
 	"github.com/lbagent/lbagent/maps"
 	"github.com/lbagent/lbagent/metrics"
@@ -70,6 +71,8 @@ type agent struct {
 	apply      api.Apply
 	applyRetry retry
 	problems   problemLog
+	ofFolder   []lb.Problem    // the folder's, which logs them itself
+	changed    <-chan struct{} // closed when those are out of date
 
 	host        node.Snapshot
 	here        resolve.Host // what the table knows of the host and of its object
@@ -224,7 +227,7 @@ func (a *agent) endSweep(w walk) {
 
 // write brings what is different into the maps.
 func (a *agent) write() {
-	defer a.setChecks() // who is told to send traffic here finds it in force
+	defer a.setChecks() // after the maps: who is told to send traffic here finds what could be written
 	a.proxy.Queued()
 	start := time.Now()
 	err := a.reconciler.Apply()

@@ -36,6 +36,9 @@ func (a *agent) publish() {
 		problems[i].File, problems[i].Document = a.folder.FileOf(problems[i].Object)
 	}
 	a.problems.tell(a.config.Log, problems)
+	if changed := a.folder.Changed(); changed != a.changed { // asked for only then: it looks at every file
+		a.changed, a.ofFolder = changed, a.folder.Problems()
+	}
 
 	stats := a.reconciler.Stats()
 	a.stats.Store(&stats)
@@ -49,7 +52,7 @@ func (a *agent) publish() {
 		Apply:  &apply,
 
 		Programs: append([]loader.Attached{}, a.attached...), Uncovered: []api.Uncovered{}, AttachError: a.attachError,
-		Problems: api.ProblemsOf(append(problems, a.folder.Problems()...)),
+		Problems: api.ProblemsOf(append(problems, a.ofFolder...)),
 		Features: &features,
 	}
 	if a.holding {
