@@ -72,6 +72,17 @@ func TestConfig(t *testing.T) {
 	}
 }
 
+func TestNodeName(t *testing.T) {
+	c := Config{NodeName: " Node-1 "}
+	if c.Defaults(); c.NodeName != "node-1" {
+		t.Errorf("the name is %q", c.NodeName)
+	}
+	c = Config{NodeName: " "}
+	if c.Defaults(); c.NodeName != "" { // which Validate refuses
+		t.Errorf("the name is %q", c.NodeName)
+	}
+}
+
 func TestRetry(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var r retry
