@@ -72,7 +72,7 @@ type agent struct {
 	applyRetry retry
 	problems   problemLog
 	ofFolder   []lb.Problem    // the folder's, which logs them itself
-	changed    <-chan struct{} // closed when those are out of date
+	changed    <-chan struct{} // closed when those, or what is held, are out of date
 
 	host        node.Snapshot
 	here        resolve.Host // what the table knows of the host and of its object
@@ -94,11 +94,11 @@ func (a *agent) run(ctx context.Context) error {
 	defer a.applyRetry.stop()
 	defer a.attachRetry.stop()
 	for {
-		changed, listening := a.folder.Changed(), a.checks.Changed()
+		listening := a.checks.Changed()
+		a.publish()
 		if a.holding && !a.release.pending() && len(a.folder.Held()) == 0 {
 			a.release.after(releaseDelay)
 		}
-		a.publish()
 		select {
 		case <-ctx.Done():
 			return nil
@@ -125,10 +125,8 @@ func (a *agent) run(ctx context.Context) error {
 			a.reconciler.BeginSweep()
 		case w := <-a.sweepEnds:
 			a.endSweep(w)
-			if a.synced { // before, the maps are not right
-				a.attach() // others' filters, and what others did to ours, are told by nobody
-			}
-		case <-changed: // problems or what is held
+			a.attach() // others' filters, and what others did to ours, are told by nobody
+		case <-a.changed: // problems or what is held
 		case <-listening: // problems
 		case <-a.release.due():
 			a.letGo(ctx)
@@ -259,8 +257,12 @@ func (a *agent) tellHealth() {
 	}
 }
 
-// attach gives programs to the devices that are to have them, and takes them from all others.
+// attach gives programs to the devices that are to have them, and takes them from all others: not before the maps are
+// right.
 func (a *agent) attach() {
+	if !a.synced {
+		return
+	}
 	attach, uncovered := node.Select(a.host, a.config.Devices)
 	devices := make([]loader.Device, 0, len(attach))
 	ports := map[uint32]maps.Device{}
