@@ -9,6 +9,7 @@ import (
 	"cmp"
 	"fmt"
 	"net/netip"
+	"slices"
 	"time"
 )
 
@@ -216,6 +217,11 @@ type Service struct {
 	// SourceRanges are the clients that reach its frontends of kind LoadBalancer: masked, of the service's
 	// family, sorted, none twice. nil: all do, or it has no such frontend.
 	SourceRanges []netip.Prefix
+}
+
+// Has tells whether a service has a frontend of a kind.
+func (s Service) Has(kind Kind) bool {
+	return slices.ContainsFunc(s.Frontends, func(f Frontend) bool { return f.Kind == kind })
 }
 
 // Endpoint is one endpoint of a service with what becomes of it, for people.

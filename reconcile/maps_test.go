@@ -201,7 +201,7 @@ func (c content) checkVersions(versions map[lb.ServiceName][]lb.Service) error {
 			client := netip.MustParseAddr(client)
 			got := c.policies[id].Flags&maps.HasSourceRanges == 0 || within(c.sources[id], client)
 			if !slices.ContainsFunc(versions[name], func(svc lb.Service) bool {
-				if svc.SourceRanges == nil && balances[id] && !balanced(svc) {
+				if svc.SourceRanges == nil && balances[id] && !svc.Has(lb.LoadBalancer) {
 					return false // there is nobody whom it lets in
 				}
 				return got == (svc.SourceRanges == nil || within(svc.SourceRanges, client))
@@ -211,11 +211,6 @@ func (c content) checkVersions(versions map[lb.ServiceName][]lb.Service) error {
 		}
 	}
 	return errors.Join(errs...)
-}
-
-// balanced tells whether a service has an address of a load balancer.
-func balanced(svc lb.Service) bool {
-	return slices.ContainsFunc(svc.Frontends, func(f lb.Frontend) bool { return f.Kind == lb.LoadBalancer })
 }
 
 // verdict is what becomes of a new flow of a service with these backends.

@@ -396,7 +396,7 @@ func (r *Reconciler) wanted(name lb.ServiceName) (lb.Service, bool) {
 func (r *Reconciler) guarded(s *service) bool {
 	svc := r.desired[s.name]
 	return !s.kept && svc.SourceRanges == nil && r.maps.Service(s.id).Policy.Flags&maps.HasSourceRanges != 0 && r.balances(s) &&
-		!slices.ContainsFunc(svc.Frontends, func(f lb.Frontend) bool { return f.Kind == lb.LoadBalancer })
+		!svc.Has(lb.LoadBalancer)
 }
 
 // balances tells whether an address of a load balancer leads to a service.

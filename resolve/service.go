@@ -51,7 +51,7 @@ func resolveService(name Name, svc *corev1.Service, endpointSlices []*discoveryv
 		s.Algorithm, s.Affinity = whole.Algorithm, whole.Affinity
 		s.InternalLocal, s.ExternalLocal = whole.InternalLocal, whole.ExternalLocal
 		s.Backends = backends(service, counted, s.InternalLocal || s.ExternalLocal, host)
-		if slices.ContainsFunc(s.Frontends, func(f lb.Frontend) bool { return f.Kind == lb.LoadBalancer }) {
+		if s.Has(lb.LoadBalancer) {
 			s.SourceRanges = ranges[service.Family]
 		}
 		o.services[service] = s
