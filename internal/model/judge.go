@@ -135,9 +135,6 @@ func (w World) Judge(p Packet, from Side) Expectation {
 		}
 		e.Table += " " + s.Annotations["lbagent.io/algorithm"]
 	}
-	weighty := func(all []endpoint) []endpoint { // one of weight 0 gets no new client
-		return slices.DeleteFunc(slices.Clone(all), func(e endpoint) bool { return e.weight == 0 })
-	}
 	for _, end := range chosen {
 		e.Table += fmt.Sprintf(" %s=%d", end.at, end.weight)
 	}
@@ -181,7 +178,7 @@ func (w World) judgeAddress(p Packet) Expectation {
 			}
 			isVIP = true
 			isClusterIP = isClusterIP || c.kind == clusterIP
-			usable = usable || slices.ContainsFunc(w.cluster(w.endpoints(c, family(addr))), func(e endpoint) bool { return e.weight > 0 })
+			usable = usable || len(weighty(w.cluster(w.endpoints(c, family(addr))))) > 0
 		}
 	}
 	switch {
@@ -603,6 +600,11 @@ func usable(scope []endpoint) (all []endpoint, ready bool) {
 	return where(scope, func(e endpoint) bool { return e.serving && e.terminating }), false
 }
 
+// weighty are those that get new clients: one of weight 0 does not.
+func weighty(all []endpoint) []endpoint {
+	return where(all, func(e endpoint) bool { return e.weight > 0 })
+}
+
 // cluster is the scope Cluster, with the row "topology": only ready endpoints count. If every ready endpoint carries a
 // node hint and one names this node: those. Else if every ready endpoint carries a zone hint and one names this node's
 // zone: those. Else all. No zone label on this node: zone rule off. No ready endpoint: hints off. Hints of endpoints that
@@ -619,7 +621,7 @@ func (w World) cluster(all []endpoint) []endpoint {
 			}
 		}
 		near := where(all, func(e endpoint) bool { return slices.Contains(hints(e), name) })
-		if !slices.ContainsFunc(near, func(e endpoint) bool { return e.weight > 0 }) {
+		if len(weighty(near)) == 0 {
 			return nil
 		}
 		return near
