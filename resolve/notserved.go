@@ -25,11 +25,13 @@ func notServed(svc *corev1.Service, endpointSlices []*discoveryv1.EndpointSlice)
 			problems = append(problems, notYet(fmt.Sprintf("spec.ports[%d].nodePort", i), noPorts))
 		}
 	}
-	if spec.Type == corev1.ServiceTypeLoadBalancer && len(svc.Status.LoadBalancer.Ingress) == 0 {
-		problems = append(problems, notYet("status.loadBalancer", "allocation of addresses is not yet there: give an ingress"))
-	}
-	if spec.Type == corev1.ServiceTypeLoadBalancer && spec.ExternalTrafficPolicy == corev1.ServiceExternalTrafficPolicyLocal && spec.HealthCheckNodePort == 0 {
-		problems = append(problems, notYet("spec.healthCheckNodePort", noPorts))
+	if spec.Type == corev1.ServiceTypeLoadBalancer {
+		if len(svc.Status.LoadBalancer.Ingress) == 0 {
+			problems = append(problems, notYet("status.loadBalancer", "allocation of addresses is not yet there: give an ingress"))
+		}
+		if spec.ExternalTrafficPolicy == corev1.ServiceExternalTrafficPolicyLocal && spec.HealthCheckNodePort == 0 {
+			problems = append(problems, notYet("spec.healthCheckNodePort", noPorts))
+		}
 	}
 	if len(spec.Selector) > 0 && len(endpointSlices) == 0 {
 		problems = append(problems, notYet("spec.selector",
