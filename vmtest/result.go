@@ -166,7 +166,7 @@ func (r *result) count(t *tally, e event, parent bool, output []string) {
 	case e.Action == "fail":
 		if !parent || len(output) > 0 {
 			t.failed++
-			r.fail("%s failed\n\t%s", e.Test, strings.Join(output[:min(len(output), saidLines)], "\n\t"))
+			r.fail("%s", strings.Join(append([]string{e.Test + " failed"}, firstSaid(output)...), "\n\t"))
 		}
 	case e.Action == "skip":
 		reason := "no reason"
@@ -218,6 +218,8 @@ func (r *result) ok() bool { return len(r.errors) == 0 }
 // saidLines is enough for what a test says, and for its goroutines; the output file has them all.
 const saidLines = 200
 
+func firstSaid(lines []string) []string { return lines[:min(len(lines), saidLines)] }
+
 // print writes the consoles of guests that failed, the table of all kernels, what was skipped and why, and what
 // failed: last, so that a log that was cut to its end still has it.
 func print(w io.Writer, results []*result) {
@@ -256,8 +258,8 @@ func print(w io.Writer, results []*result) {
 		}
 	}
 	for _, r := range results {
-		if said := r.said[:min(len(r.said), saidLines)]; len(said) > 0 {
-			fmt.Fprintf(w, "%s: what did not end said:\n\t%s\n", r.kernel.name, strings.Join(said, "\n\t"))
+		if len(r.said) > 0 {
+			fmt.Fprintf(w, "%s: what did not end said:\n\t%s\n", r.kernel.name, strings.Join(firstSaid(r.said), "\n\t"))
 		}
 		for _, e := range r.errors {
 			fmt.Fprintf(w, "%s: %s\n", r.kernel.name, e)
